@@ -1,0 +1,280 @@
+"""What a block format is: fields, and three expressions.
+
+Every block format is  x[i] = scale(g) * (code(i) - bias) + offset(g)  with g = i // group.  From
+this one description come the reference, the scalar and packed decode of every target, the integer dot
+products, the layouts, the encoder and the quantizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.errors import ExprError, FormatError
+from kernelgen.ir.check import problems
+from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.expr import F32, I32, STORAGES, Expr, Field, cast, const, load, named, show, var
+from kernelgen.ir.ranges import interval
+
+Array = npt.NDArray[Any]
+
+#: how the storage types of fields lie in numpy arrays
+NUMPY_STORAGE: dict[str, npt.DTypeLike] = {
+    "u8": np.uint8, "i8": np.int8, "u16": "<u2", "i16": "<i2", "u32": "<u4",
+    "f16": "<f2", "f32": "<f4",
+}  # fmt: skip
+
+
+class FieldView:
+    """A field with several elements, as seen by a format's expressions: `b.qs[i]`."""
+
+    def __init__(self, name: str, element: Callable[[Expr | int], Expr]) -> None:
+        self._name = name
+        self._element = element
+
+    def __getitem__(self, index: Expr | int) -> Expr:
+        return self._element(index)
+
+    def __getattr__(self, name: str) -> Any:
+        raise FormatError(f"{self._name} has several elements; write {self._name}[index]")
+
+
+class Block:
+    """One block, as seen by a format's expressions: its fields and group integers by name."""
+
+    def __init__(self, fmt: BlockFormat) -> None:
+        self._format = fmt
+
+    def __getattr__(self, name: str) -> Any:
+        fmt = self._format
+        for one in fmt.layout_fields:
+            if one.name == name:
+                if fmt.fields[name].endswith("]"):
+                    return FieldView(name, functools.partial(load, one))
+                return load(one, 0)
+        if name in fmt.ints:
+            return FieldView(name, functools.partial(fmt.int_expr, name))
+        known = ", ".join([*fmt.fields, *fmt.ints])
+        raise FormatError(f"format {fmt.name} has no field {name}; it has {known}")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A field that repeats what the codes say: element j is `value(block, sum)`, with the sum of
+    the codes of the j-th `chunk` elements.  Decoders ignore it, encoders must fill it."""
+
+    chunk: int
+    value: Callable[[Any, Expr], Expr]
+
+
+GroupExpr = Callable[[Any, Expr], Expr]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFormat:
+    """A block quantization format.
+
+    name      ggml's name where ggml has the format
+    block     elements in a block; K must be a multiple of it
+    group     elements that share one scale (and offset); divides `block`
+    nbytes    bytes of a block, checked against the fields
+    fields    name -> storage, in the order of the bytes: "f16", "u8[12]", ...
+              (u8 i8 u16 i16 u32 f16 f32; little endian)
+    code      (b, i) -> the i-th code: an integer that fits a byte, or an f32 when the elements
+              are floats themselves
+    scale     (b, g) -> f32, default 1
+    bias      integer subtracted from every code before it is scaled, default 0: codes stay small
+              unsigned integers, which pack and multiply best
+    offset    (b, g) -> f32, default 0
+    ints      integers that belong to a group, by name, usable as b.name[g] in scale and offset
+    derived   fields computed from the codes (see `Derived`)
+    source    where the format is defined
+    """
+
+    name: str
+    block: int
+    group: int
+    nbytes: int
+    fields: Mapping[str, str]
+    code: GroupExpr
+    scale: GroupExpr | None = None
+    bias: int = 0
+    offset: GroupExpr | None = None
+    ints: Mapping[str, GroupExpr] = field(default_factory=dict)
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def __repr__(self) -> str:
+        return f"BlockFormat({self.name})"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        from kernelgen.ir.formats import get
+
+        return (get, (self.name,))
+
+    @functools.cached_property
+    def layout_fields(self) -> tuple[Field, ...]:
+        """The fields with their offsets."""
+        result: list[Field] = []
+        offset = 0
+        for name, text in self.fields.items():
+            match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", text)
+            if match is None or match[1] not in STORAGES:
+                raise FormatError(
+                    f"format {self.name}: field {name} is declared {text!r}; write a type or"
+                    f" type[count], types are {', '.join(STORAGES)}"
+                )
+            result.append(Field(name, STORAGES[match[1]], int(match[2] or 1), offset))
+            offset += result[-1].nbytes
+        return tuple(result)
+
+    @property
+    def groups(self) -> int:
+        """Groups in a block."""
+        return self.block // self.group
+
+    @property
+    def bits(self) -> float:
+        """Bits per element, scales included."""
+        return 8 * self.nbytes / self.block
+
+    @functools.cached_property
+    def view(self) -> Block:
+        """The block that expressions are written against."""
+        return Block(self)
+
+    def code_expr(self, i: Expr) -> Expr:
+        """The code of element i."""
+        return self.code(self.view, i)
+
+    def int_expr(self, name: str, g: Expr | int) -> Expr:
+        """Group integer `name` of group g."""
+        at = g if isinstance(g, Expr) else const(g, var("g", 1).dtype)
+        return named(name, self.ints[name](self.view, at), at)
+
+    def scale_expr(self, g: Expr) -> Expr:
+        """The scale of group g, f32."""
+        return const(1.0, F32) if self.scale is None else cast(F32, self.scale(self.view, g))
+
+    def offset_expr(self, g: Expr) -> Expr:
+        """The offset of group g, f32, without the bias."""
+        return const(0.0, F32) if self.offset is None else cast(F32, self.offset(self.view, g))
+
+    def value_of(self, code: Expr, g: Expr) -> Expr:
+        """The value, f32, of an element of group g with this code: what decoding means."""
+        unbiased = cast(F32, cast(I32, code) - self.bias if self.bias else code)
+        scaled = unbiased if self.scale is None else self.scale_expr(g) * unbiased
+        return scaled if self.offset is None else scaled + self.offset_expr(g)
+
+    def value_expr(self, i: Expr) -> Expr:
+        """The value of element i, f32."""
+        return self.value_of(self.code_expr(i), i // self.group)
+
+    def total_offset_expr(self, g: Expr) -> Expr | None:
+        """What is added to scale(g) * code: -bias * scale(g) + offset(g); None where it is zero.
+
+        An integer dot product multiplies it by the sum of the group's activations.
+        """
+        if not self.bias:
+            return None if self.offset is None else self.offset_expr(g)
+        biased = self.scale_expr(g) * float(-self.bias)
+        return biased if self.offset is None else biased + self.offset_expr(g)
+
+    @functools.cached_property
+    def float_codes(self) -> bool:
+        """Whether elements are floats themselves, so that there is no integer dot product."""
+        return self.code_expr(var("i", self.block)).dtype is F32
+
+    @functools.cached_property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return interval(self.code_expr(var("i", self.block)))
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a row of k elements."""
+        if k <= 0 or k % self.block:
+            raise FormatError(
+                f"a row of {k} elements was asked for in {self.name}, whose blocks hold"
+                f" {self.block}; K must be a positive multiple of {self.block}: pad the matrix"
+            )
+        return k // self.block * self.nbytes
+
+    def split(self, blocks: Array) -> dict[str, Array]:
+        """Fields of an array of blocks, uint8 (..., nbytes): name -> (..., count), stored dtype."""
+        result = {}
+        for one in self.layout_fields:
+            raw = np.ascontiguousarray(blocks[..., one.offset : one.offset + one.nbytes])
+            result[one.name] = raw.view(NUMPY_STORAGE[one.storage.name])
+        return result
+
+    def join(self, fields: Mapping[str, Array]) -> Array:
+        """The inverse of `split`."""
+        parts = [
+            np.ascontiguousarray(fields[f.name], NUMPY_STORAGE[f.storage.name]).view(np.uint8)
+            for f in self.layout_fields
+        ]
+        return np.concatenate(parts, axis=-1)
+
+    def decode(self, blocks: Array) -> Array:
+        """Values, float32 (..., block), of an array of blocks, uint8 (..., nbytes)."""
+        if blocks.dtype != np.uint8 or blocks.shape[-1] != self.nbytes:
+            raise FormatError(
+                f"{self.name} blocks are uint8 arrays of shape (..., {self.nbytes}), not"
+                f" {blocks.dtype} {blocks.shape}"
+            )
+        flat = blocks.reshape(-1, self.nbytes)
+        out = np.empty((len(flat), self.block), np.float32)
+        value = self._value
+        step = max(1, (1 << 18) // self.block)  # temporaries that stay in the cache
+        for start in range(0, len(flat), step):
+            fields = self.split(flat[start : start + step])
+            part = evaluate(value, {"i": np.arange(self.block)}, fields)
+            out[start : start + step] = part
+        return out.reshape(*blocks.shape[:-1], self.block)
+
+    @functools.cached_property
+    def _value(self) -> Expr:
+        return self.value_expr(var("i", self.block))
+
+    def _check(self) -> None:
+        def bad(text: str) -> FormatError:
+            return FormatError(f"format {self.name}: {text}")
+
+        if not re.fullmatch(r"[A-Za-z]\w*", self.name):
+            raise bad("a name is letters, digits and underscores, and begins with a letter")
+        if self.block <= 0 or self.group <= 0 or self.block % self.group:
+            raise bad(f"group {self.group} must divide block {self.block}")
+        if self.float_codes is False and self.group % 4 and self.block > 1:
+            raise bad(f"group {self.group} must be a multiple of 4, the codes of one 32-bit word")
+        size = sum(f.nbytes for f in self.layout_fields)
+        if size != self.nbytes:
+            raise bad(f"fields take {size} bytes, but nbytes says {self.nbytes}")
+        i, g = var("i", self.block), var("g", self.groups)
+        try:
+            parts = {
+                "code(i)": (self.code_expr(i), i, self.block),
+                "scale(g)": (self.scale_expr(g), g, self.groups),
+                "offset(g)": (self.offset_expr(g), g, self.groups),
+            }
+        except ExprError as error:
+            raise bad(str(error)) from error
+        for name, (expr, index, count) in parts.items():
+            for problem in problems(expr, index.attr[0], count):
+                raise bad(f"{name}: {problem}")
+        code = parts["code(i)"][0]
+        if code.dtype is not F32:
+            lo, hi = interval(code)
+            if not (0 <= lo and hi <= 255) and not (lo >= -128 and hi <= 127):
+                raise bad(
+                    f"code(i) = {show(code)} ranges over {lo}..{hi}; it must fit a byte"
+                    " (0..255 or -128..127): mask it, or move the bias into offset"
+                )

@@ -1,0 +1,157 @@
+"""The encoder of a format, derived from its decoder.
+
+A code or group integer is a shuffle of bits: every bit of it is one bit of the block.  Setting
+one bit of a block at a time and decoding tells which; writing codes is then the inverse shuffle.
+Formats whose bits do not map one to one (ternary digits, grids) say so and need their own encoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.errors import FormatError
+from kernelgen.ir.block import NUMPY_STORAGE, BlockFormat
+from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.expr import Expr, var
+
+Array = npt.NDArray[Any]
+
+CODE = "code"
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Where the bits of one quantity lie: `position[j, k]` is the bit of the block (byte*8 + bit)
+    that holds bit k of element j; `width` bits each."""
+
+    position: npt.NDArray[np.int64]
+
+    @property
+    def width(self) -> int:
+        """Bits of an element."""
+        return int(self.position.shape[1])
+
+
+def code_index(fmt: BlockFormat, i: Expr) -> Expr:
+    """What is stored for element i: the code, or its index in the format's table."""
+    code = fmt.code_expr(i)
+    return code.args[0] if code.op == "table" else code
+
+
+def code_table(fmt: BlockFormat) -> tuple[int, ...] | None:
+    """The codes by stored index, for a codebook format."""
+    code = fmt.code_expr(var("i", fmt.block))
+    return code.attr if code.op == "table" else None
+
+
+@functools.lru_cache(maxsize=256)
+def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
+    """`Bits` of the stored codes (key "code") and of each of the format's group integers."""
+    quantities = {CODE: (code_index(fmt, var("i", fmt.block)), "i", fmt.block)}
+    for name in fmt.ints:
+        quantities[name] = (fmt.int_expr(name, var("g", fmt.groups)), "g", fmt.groups)
+
+    owned = [f for f in fmt.layout_fields if f.storage.dtype.is_int and f.name not in fmt.derived]
+    bits = np.concatenate([8 * f.offset + np.arange(8 * f.nbytes) for f in owned])
+    # block 0 is all zero, block 1 + n has only the n-th bit set
+    probes = np.zeros((1 + len(bits), fmt.nbytes), np.uint8)
+    probes[1 + np.arange(len(bits)), bits // 8] = 1 << (bits % 8)
+    fields = fmt.split(probes)
+
+    result: dict[str, Bits] = {}
+    taken: set[int] = set()
+    for name, (expr, index, count) in quantities.items():
+        seen = evaluate(expr, {index: np.arange(count)}, fields).astype(np.int64)
+        changed = (seen[1:] ^ seen[:1]) & 0xFFFFFFFF  # (bit, element)
+        if seen[0].any():
+            raise _not_invertible(fmt, f"{name} is not 0 in a block of zeros")
+        positions = []
+        for element in range(count):
+            sources = np.flatnonzero(changed[:, element])
+            masks = changed[sources, element]
+            # the sign bit of a signed element fills all bits above it
+            lowest = masks & -masks
+            order = np.argsort(lowest)
+            if not np.array_equal(lowest[order], 1 << np.arange(len(sources))):
+                raise _not_invertible(fmt, f"bits of {name}[{element}] are not bits of the block")
+            positions.append(bits[sources[order]])
+        if len({len(p) for p in positions}) != 1:
+            raise _not_invertible(fmt, f"elements of {name} differ in width")
+        result[name] = Bits(np.array(positions))
+        own = result[name].position.ravel().tolist()
+        if len(set(own)) != len(own) or taken & set(own):
+            raise _not_invertible(fmt, f"{name} shares bits with another value")
+        taken |= set(own)
+    return result
+
+
+def _not_invertible(fmt: BlockFormat, why: str) -> FormatError:
+    return FormatError(
+        f"format {fmt.name} cannot be encoded from its description, because {why};"
+        " it can be decoded and multiplied, but needs an encoder of its own"
+    )
+
+
+def encode(
+    fmt: BlockFormat, codes: Array, ints: Mapping[str, Array], fields: Mapping[str, Array]
+) -> Array:
+    """Blocks, uint8 (..., nbytes), from what is stored in them.
+
+    codes    integers (..., block): codes, or table indices for a codebook format
+    ints     group integers by name, (..., groups)
+    fields   every other field by name, (..., count), in values of its stored type
+    """
+    shape = codes.shape[:-1]
+    flat = np.zeros((int(np.prod(shape)), fmt.nbytes), np.uint8)
+    given = {f.name: f for f in fmt.layout_fields if f.name in fields}
+    for name, one in given.items():
+        values = np.asarray(fields[name]).reshape(len(flat), one.count)
+        flat[:, one.offset : one.offset + one.nbytes] = (
+            np.ascontiguousarray(values.astype(NUMPY_STORAGE[one.storage.name])).view(np.uint8)
+        )
+    for name, where in bit_positions(fmt).items():
+        values = np.asarray(codes if name == CODE else ints[name])
+        _scatter(flat, values.reshape(len(flat), -1), where)
+    for name, derived in fmt.derived.items():
+        _fill_derived(fmt, flat, name, derived.chunk)
+    return flat.reshape(*shape, fmt.nbytes)
+
+
+def _scatter(flat: Array, values: Array, where: Bits) -> None:
+    """Or the bits of `values` into the bytes of `flat`, many elements at a time.
+
+    Elements that put the same bits at the same place of their bytes go together; their bytes are
+    distinct, so one fancy |= serves them all.
+    """
+    moves: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for k in range(where.width):
+        for element, position in enumerate(where.position[:, k]):
+            moves.setdefault((k, int(position) % 8), []).append((element, int(position) // 8))
+    unsigned = values.astype(np.uint8)
+    for (bit, target), pairs in moves.items():
+        elements, bytes_ = (np.array(side) for side in zip(*pairs, strict=True))
+        # two elements of one byte cannot both have this (bit, target): positions are unique
+        flat[:, bytes_] |= ((unsigned[:, elements] >> bit) & 1) << target
+
+
+def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
+    one = next(f for f in fmt.layout_fields if f.name == name)
+    fields = fmt.split(flat)
+    codes = evaluate(fmt.code_expr(var("i", fmt.block)), {"i": np.arange(fmt.block)}, fields)
+    sums = codes.reshape(len(flat), -1, chunk).sum(axis=-1)
+    total = var("total", 1 << 31)
+    value = fmt.derived[name].value(fmt.view, total - (1 << 30))
+    columns = [
+        evaluate(value, {"total": sums[:, j : j + 1] + (1 << 30)}, fields)
+        for j in range(one.count)
+    ]
+    stored = np.concatenate([np.broadcast_to(c, (len(flat), 1)) for c in columns], axis=1)
+    flat[:, one.offset : one.offset + one.nbytes] = (
+        np.ascontiguousarray(stored.astype(NUMPY_STORAGE[one.storage.name])).view(np.uint8)
+    )

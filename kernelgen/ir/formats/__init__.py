@@ -1,0 +1,51 @@
+"""The formats: one description each, and the list of them."""
+
+from __future__ import annotations
+
+from kernelgen.errors import FormatError
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.formats.codebooks import IQ4_NL, MXFP4
+from kernelgen.ir.formats.floats import BF16, F16, F32
+from kernelgen.ir.formats.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
+from kernelgen.ir.formats.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
+
+FORMATS: tuple[BlockFormat, ...] = (
+    F32, F16, BF16,
+    Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1,
+    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K,
+    IQ4_NL, MXFP4,
+)  # fmt: skip
+
+_by_name = {f.name.lower(): f for f in FORMATS}
+
+
+def get(name: str) -> BlockFormat:
+    """The format of that name, in any case."""
+    found = _by_name.get(name.lower())
+    if found is None:
+        raise FormatError(
+            f"format {name!r} is not known; known are {', '.join(f.name for f in formats())};"
+            " describe others with kernelgen.register_format"
+        )
+    return found
+
+
+def formats() -> tuple[BlockFormat, ...]:
+    """All formats: those that come with kernelgen, then the registered ones."""
+    return tuple(_by_name.values())
+
+
+def register(fmt: BlockFormat) -> BlockFormat:
+    """Make a user's format known by its name to every command and target."""
+    known = _by_name.get(fmt.name.lower())
+    if known is not None and known is not fmt:
+        raise FormatError(f"format {fmt.name} is already registered; choose another name")
+    _by_name[fmt.name.lower()] = fmt
+    return fmt
+
+
+def unregister(name: str) -> None:
+    """Forget a registered format; those that come with kernelgen stay."""
+    if get(name) in FORMATS:
+        raise FormatError(f"format {name} comes with kernelgen and cannot be unregistered")
+    del _by_name[name.lower()]
