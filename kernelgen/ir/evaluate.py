@@ -71,6 +71,8 @@ def _apply(
         return value.astype(dtype)
     if op == "load":
         return fields[node.attr.name][..., np.atleast_1d(args[0])].astype(dtype)
+    if op == "element":
+        return fields[node.attr][..., np.atleast_1d(args[0])].astype(dtype)
     if op == "table":
         return np.asarray(node.attr, dtype=dtype)[args[0]]
     if op == "cast":

@@ -339,6 +339,11 @@ def splat(byte: int) -> Expr:
     return const(0x01010101 * (byte & 255), U32)
 
 
+def element(name: str, index: Expr) -> Expr:
+    """Element `index` of a walk's local array `name` of u32 words."""
+    return Expr("element", U32, (index,), name)
+
+
 def _same_type(a: Scalar, b: Scalar, op: str) -> tuple[Expr, Expr]:
     if not isinstance(a, Expr) and not isinstance(b, Expr):
         dtype = F32 if isinstance(a, float) or isinstance(b, float) else I32
@@ -449,6 +454,8 @@ def _show(expr: Expr) -> tuple[str, int]:
         return f"{expr.attr}({args[1]})", atom
     if op == "word":
         return f"word({expr.attr.name}, {args[0]})", atom
+    if op == "element":
+        return f"{expr.attr}[{args[0]}]", atom
     if op in ("spread", "cast", "bitcast", "call", "lookup", "table"):
         inside = ", ".join(map(show, args))
         if op in ("lookup", "table"):
@@ -462,7 +469,8 @@ def _show(expr: Expr) -> tuple[str, int]:
 
     def side(arg: Expr, right: bool) -> str:
         text, inner = _show(arg)
-        loose = inner < level or (inner == level and right)
+        regrouped = op == arg.op == "+" and arg.dtype.is_int  # a + (b + c) needs none
+        loose = inner < level or (inner == level and right and not regrouped)
         # & | ^ << >> beside arithmetic are misread by people, so these are always bracketed
         mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op
         return f"({text})" if loose or mixed else text

@@ -1,0 +1,200 @@
+"""What a walk asks of a format: expressions, sorted by the loop in which they belong.
+
+A walk over a quantized matrix has loops over blocks, groups of a block, and words (four codes)
+of a group.  `Steps` holds, for one format, the expression that belongs into each loop, in the
+variables `g` and `j`; the walk decides what threads and memory do around them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.encode import code_table
+from kernelgen.ir.expr import (
+    F32,
+    I32,
+    U32,
+    Expr,
+    Field,
+    cast,
+    const,
+    element,
+    loads,
+    splat,
+    table,
+    transform,
+    var,
+    walk,
+)
+from kernelgen.ir.lanes import LANE, LANES, pack
+from kernelgen.ir.layout import lower_to_words
+from kernelgen.ir.ranges import fits, interval
+from kernelgen.ir.rules import simplify
+
+
+@dataclass(frozen=True)
+class GroupInts:
+    """The group integers of one name: packed words, four groups in each."""
+
+    name: str
+    words: tuple[Expr, ...]
+    scalar_because: str | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The expressions of one format.
+
+    fields     fields that are read
+    ints       packed group integers, belonging to the block loop
+    scale      f32, in `g`; None where it is 1
+    offset     f32, in `g`: what is added to scale * code; None where it is 0
+    codes      u32, in `g` and `j`: four codes as bytes; None where elements are floats
+    code_max   largest absolute code, at most 128
+    signed     whether codes are signed bytes; else they are at most 127
+    values     f32, in `i`: the element itself, where elements are floats
+    words      words in a group
+    scalar_because  reasons for which something was decoded lane by lane; empty: all packed
+    """
+
+    fmt: BlockFormat
+    fields: tuple[Field, ...]
+    ints: tuple[GroupInts, ...]
+    scale: Expr | None
+    offset: Expr | None
+    codes: Expr | None
+    code_max: int
+    signed: bool
+    values: Expr | None
+    scalar_because: tuple[str, ...]
+
+    @property
+    def words(self) -> int:
+        """Words in a group."""
+        return self.fmt.group // LANES
+
+
+def group_var(fmt: BlockFormat) -> Expr:
+    """The variable of the loop over groups."""
+    return var("g", fmt.groups)
+
+
+def word_var(fmt: BlockFormat) -> Expr:
+    """The variable of the loop over the words of a group."""
+    return var("j", fmt.group // LANES)
+
+
+@functools.lru_cache(maxsize=256)
+def steps(fmt: BlockFormat) -> Steps:
+    """The steps of a format, for layouts whose units are words."""
+    if fmt.float_codes:
+        value = simplify(lower_to_words(fmt.value_expr(const(0, I32))))
+        return Steps(fmt, tuple(loads(value)), (), None, None, None, 0, False, value, ())
+    g, j = group_var(fmt), word_var(fmt)
+    code, bias = unsigned_code(fmt, fmt.group * g + LANES * j + LANE)
+    packed = pack(code)
+    codes = simplify(lower_to_words(packed.expr))
+    lo, hi = interval(code)
+    if hi > 127:  # no machine multiplies unsigned by signed bytes safely at eight bits
+        codes, bias, lo, hi = codes ^ splat(0x80), bias - 128, lo - 128, hi - 128
+    ints = tuple(pack_ints(fmt, name) for name in fmt.ints) if fmt.groups % LANES == 0 else ()
+    scale = None if fmt.scale is None else fmt.scale_expr(g)
+    offset = _offset(fmt, g, bias)
+    by_name = {i.name for i in ints}
+    lowered = [None if e is None else _lower_group(e, by_name) for e in (scale, offset)]
+    used = [e for e in (codes, *lowered, *(w for i in ints for w in i.words)) if e is not None]
+    fields = {f.name: f for e in used for f in loads(e)}
+    reasons = [packed.scalar_because, *(i.scalar_because for i in ints)]
+    return Steps(
+        fmt=fmt,
+        fields=tuple(sorted(fields.values(), key=lambda f: f.offset)),
+        ints=tuple(i for i in ints if any(_mentions(e, i.name) for e in lowered if e is not None)),
+        scale=lowered[0],
+        offset=lowered[1],
+        codes=codes,
+        code_max=max(abs(lo), abs(hi)),
+        signed=lo < 0,
+        values=None,
+        scalar_because=tuple(r for r in reasons if r),
+    )
+
+
+def unsigned_code(fmt: BlockFormat, i: Expr) -> tuple[Expr, int]:
+    """The code of element i and what is to be subtracted from it.
+
+    A table with negative values is shifted to begin at zero if seven bits hold it: unsigned codes
+    multiply faster on most machines, and the shift moves into the offset.
+    """
+    code = fmt.code_expr(i)
+    values = code_table(fmt)
+    lo, hi = fmt.code_range
+    if values is None or lo >= 0 or hi - lo > 127:
+        return code, fmt.bias
+    return table([v - lo for v in values], code.args[0]), fmt.bias - lo
+
+
+def _offset(fmt: BlockFormat, g: Expr, bias: int) -> Expr | None:
+    if not bias:
+        return None if fmt.offset is None else fmt.offset_expr(g)
+    biased = fmt.scale_expr(g) * float(-bias)
+    return biased if fmt.offset is None else biased + fmt.offset_expr(g)
+
+
+def pack_ints(fmt: BlockFormat, name: str) -> GroupInts:
+    """Group integers `name`, four groups a word."""
+    words, reason = [], None
+    for q in range(fmt.groups // LANES):
+        body = fmt.ints[name](fmt.view, const(LANES * q, I32) + LANE)
+        packed = pack(body)
+        reason = reason or packed.scalar_because
+        words.append(simplify(lower_to_words(packed.expr)))
+    return GroupInts(name, tuple(words), reason)
+
+
+def _lower_group(expr: Expr, packed: set[str]) -> Expr:
+    """Named group integers as bytes of the packed words, other loads as words."""
+
+    def change(node: Expr) -> Expr | None:
+        if node.op != "named" or node.attr not in packed:
+            return None
+        body, g = node.args
+        at = element(node.attr, g // LANES)
+        if fits(body, 0, 255):
+            return cast(I32, (at >> (g % LANES * 8)) & 255)
+        return cast(I32, at << (24 - g % LANES * 8)) >> 24
+
+    return simplify(lower_to_words(transform(expr, change)))
+
+
+def _mentions(expr: Expr, name: str) -> bool:
+    return any(node.op == "element" and node.attr == name for node in walk(expr))
+
+
+@dataclass(frozen=True)
+class ScalarSteps:
+    """One element at a time, for walks that read native blocks: expressions in `g` and `l`
+    (element i = group*g + l); `code` is an i32 before the bias is subtracted."""
+
+    fmt: BlockFormat
+    fields: tuple[Field, ...]
+    scale: Expr | None
+    offset: Expr | None
+    code: Expr
+    bias: int
+
+
+@functools.lru_cache(maxsize=256)
+def scalar_steps(fmt: BlockFormat) -> ScalarSteps:
+    """The steps of a decode that goes element by element."""
+    g = group_var(fmt)
+    i = fmt.group * g + var("l", fmt.group)
+    code = simplify(fmt.code_expr(i))
+    code = code if code.dtype is F32 else cast(I32, code)
+    scale = None if fmt.scale is None else simplify(fmt.scale_expr(g))
+    offset = None if fmt.offset is None else simplify(fmt.offset_expr(g))
+    used = {f.name: f for e in (code, scale, offset) if e is not None for f in loads(e)}
+    fields = tuple(sorted(used.values(), key=lambda f: f.offset))
+    return ScalarSteps(fmt, fields, scale, offset, code, fmt.bias)
+

@@ -1,0 +1,25 @@
+"""The list of targets."""
+
+from __future__ import annotations
+
+import importlib
+
+from kernelgen.errors import TargetError
+from kernelgen.targets.base import Target
+
+#: every target, the reference first
+NAMES = ("c",)
+
+
+def get(name: str) -> Target:
+    """The manifest of a target."""
+    if name.lower() not in NAMES:
+        raise TargetError(f"target {name!r} is not known; known are {', '.join(NAMES)}")
+    module = importlib.import_module(f"kernelgen.targets.{name.lower()}")
+    target: Target = module.TARGET
+    return target
+
+
+def targets() -> tuple[Target, ...]:
+    """All targets."""
+    return tuple(get(name) for name in NAMES)

@@ -1,0 +1,271 @@
+"""What all targets share: the manifest's types, and the printer of expressions.
+
+A target is a folder with `__init__.py` (a frozen `Target`), `dialect.py` (words) and `runtime.py`
+(a `Runtime`).  Nothing here names a language.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kernelgen.config import Capabilities, Config
+from kernelgen.errors import TargetError
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import BITWISE, BOOL, F32, PRECEDENCE, SHIFTS, U32, Expr, walk
+
+#: ops and precisions, in the order in which they are listed
+OPS = ("dequantize", "quantize", "matvec", "matmul", "prepare")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a kernel's entry point.
+
+    role    "in", "out", "scratch", or "size" (an integer passed by value)
+    dtype   element type
+    shape   in the symbols of the size arguments, as text; empty for a scalar
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A way to compute an op.
+
+    name       the walk's own name
+    op         one of `OPS`
+    precision  "fp32", "int8" (activations), or "" where there is no choice
+    template   file under the target's templates
+    config     what it leaves open
+    arguments  of the entry point
+    applies    why a format cannot take this walk, or None
+    contract   whether a*b + c may be rounded once (the result must not be bit-exact)
+    """
+
+    name: str
+    op: str
+    precision: str
+    template: str
+    config: type[Config]
+    arguments: tuple[Argument, ...]
+    applies: Callable[[BlockFormat], str | None] = lambda fmt: None
+    contract: bool = True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Generated source, and all that a host must know to launch it."""
+
+    target: str
+    op: str
+    format: str
+    precision: str
+    walk: str
+    config: Config
+    entry: str
+    source: str
+    suffix: str
+    arguments: tuple[Argument, ...]
+    contract: bool
+    hash: str
+    notes: tuple[str, ...] = ()
+
+
+class Program(Protocol):
+    """A compiled kernel: called with its arguments in order."""
+
+    def __call__(self, *arguments: Any) -> None: ...
+
+
+class Runtime(Protocol):
+    """How a target reaches its machine.  Drivers are imported on use only."""
+
+    def available(self) -> str | None:
+        """Why kernels cannot run here, or None."""
+        ...
+
+    def capabilities(self) -> Capabilities:
+        """What configurations may count on here."""
+        ...
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The devices, one dictionary each, for people and programs to read."""
+        ...
+
+    def compile(self, kernel: Kernel) -> Program:
+        """Machine code for a kernel; cached on disk."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dialect:
+    """The words of a C-like language: how each thing that an expression can contain is spelt.
+
+    Templates are str.format strings.  A missing word is an error that names it.
+
+    constant   by dtype name
+    load       by storage name, of {field} and {index}
+    cast       by "from>to" dtype names, of {x}; likewise bitcast
+    call       by function name, of {x}
+    word, element, spread1, lookup   the packed operations
+    select     of {condition} {a} {b}, where the condition is the same in all lanes
+    blend      the same where it differs between lanes
+    min, max   of {a} {b}
+    """
+
+    words: Mapping[str, str]
+
+    def word(self, key: str) -> str:
+        """The spelling of `key`."""
+        found = self.words.get(key)
+        if found is None:
+            raise TargetError(f"this language has no word for {key}; add it to its dialect")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The frozen manifest of a target.
+
+    suffix         of its source files
+    dialects       by the name under which templates print expressions
+    capabilities   that default configurations assume where no device is asked
+    support_files  files of the target's folder that every kernel of it includes
+    globals        what its templates may call besides
+    reserved       names that a format's fields must not have in its source
+    how            what its results are worth: "run", "emulated", "compiled"
+    """
+
+    name: str
+    description: str
+    suffix: str
+    walks: tuple[Walk, ...]
+    dialects: Mapping[str, Dialect]
+    capabilities: Capabilities
+    support_files: tuple[str, ...] = ()
+    how: str = "run"
+    globals: Mapping[str, Any] = field(default_factory=dict)
+    reserved: frozenset[str] = frozenset()
+
+    def runtime(self) -> Runtime:
+        """The target's driver side, imported now."""
+        module = importlib.import_module(f"kernelgen.targets.{self.name}.runtime")
+        runtime: Runtime = module.runtime()
+        return runtime
+
+    def walk(self, op: str, fmt: BlockFormat, precision: str = "") -> Walk:
+        """The first walk of this target for an op, a format and a precision."""
+        reasons = []
+        for one in self.walks:
+            if one.op != op or (precision and one.precision and one.precision != precision):
+                continue
+            reason = one.applies(fmt)
+            if reason is None:
+                return one
+            reasons.append(reason)
+        asked = f"{op} {fmt.name}" + (f" in {precision}" if precision else "")
+        why = "; ".join(reasons) or "it has no such walk"
+        offers = sorted({w.op + (f" ({w.precision})" if w.precision else "") for w in self.walks})
+        raise TargetError(
+            f"target {self.name} cannot do {asked}: {why}; it offers {', '.join(offers)}"
+        )
+
+
+_C_SIGN = {"//": "/"}
+
+
+class Printer:
+    """Prints expressions in a C-like language through its dialect."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        tables: Callable[[tuple[Any, ...]], str],
+        rename: Callable[[str], str] = str,
+    ) -> None:
+        """`tables` names a table by its values; `rename` gives a name of the format's author that
+        the walk or the language uses itself another spelling."""
+        self._dialect = dialect
+        self._tables = tables
+        self._rename = rename
+
+    def __call__(self, expr: Expr) -> str:
+        return self._print(expr)[0]
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        atom = 99
+        op, word = expr.op, self._dialect.word
+        if op == "const":
+            text = self._constant(expr)
+            return text, atom if not text.startswith("-") else PRECEDENCE["neg"]
+        if op == "var":
+            return str(expr.attr[0]), atom
+        if op in PRECEDENCE and op != "select":
+            return self._operator(expr)
+        args = [self(a) for a in expr.args]
+        if op == "load":
+            key = f"load.{expr.attr.storage.name}"
+            return word(key).format(field=self._rename(expr.attr.name), index=args[0]), atom
+        if op == "word":
+            return word("word").format(field=self._rename(expr.attr.name), index=args[0]), atom
+        if op == "element":
+            return word("element").format(name=self._rename(expr.attr), index=args[0]), atom
+        if op in ("cast", "bitcast"):
+            key = f"{op}.{expr.args[0].dtype.value}>{expr.dtype.value}"
+            return word(key).format(x=args[0]), atom
+        if op == "select":
+            key = "blend" if varies(expr.args[0]) else "select"
+            return word(key).format(condition=args[0], a=args[1], b=args[2]), atom
+        if op in ("table", "lookup"):
+            return word(op).format(table=self._tables(expr.attr), index=args[0]), atom
+        if op == "spread":
+            return word(f"spread{expr.attr}").format(x=args[0]), atom
+        if op in ("min", "max"):
+            return word(op).format(a=args[0], b=args[1]), atom
+        if op == "call":
+            return word(f"call.{expr.attr}").format(x=args[0]), atom
+        if op == "named":
+            return self._print(expr.args[0])
+        raise TargetError(f"{op} cannot be printed")
+
+    def _constant(self, expr: Expr) -> str:
+        if expr.dtype is F32:
+            return self._dialect.word("constant.f32").format(x=repr(float(expr.attr)))
+        if expr.dtype is U32:
+            text = f"0x{expr.attr:08X}" if expr.attr > 255 else str(expr.attr)
+            return self._dialect.word("constant.u32").format(x=text)
+        if expr.dtype is BOOL:
+            return str(int(expr.attr))
+        return str(expr.attr)
+
+    def _operator(self, expr: Expr) -> tuple[str, int]:
+        op = expr.op
+        level = PRECEDENCE[op]
+        if op == "neg":
+            text, inner = self._print(expr.args[0])
+            return f"-{text if inner > level else f'({text})'}", level
+        left, right = expr.args
+        if op == "+" and right.op == "const" and right.dtype is not U32 and right.attr < 0:
+            op, right = "-", Expr("const", right.dtype, attr=-right.attr)
+        sides = []
+        for arg, is_right in ((left, False), (right, True)):
+            text, inner = self._print(arg)
+            regrouped = op == arg.op == "+" and arg.dtype.is_int  # a + (b + c) needs none
+            loose = inner < level or (inner == level and is_right and not regrouped)
+            mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op
+            sides.append(f"({text})" if loose or (mixed and inner != 99) else text)
+        return f"{sides[0]} {_C_SIGN.get(op, op)} {sides[1]}", level
+
+
+def varies(expr: Expr) -> bool:
+    """Whether the value depends on what is loaded, and so may differ between the rows of a tile."""
+    return any(node.op in ("load", "word", "element") for node in walk(expr))
+
+

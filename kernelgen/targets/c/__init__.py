@@ -1,0 +1,107 @@
+"""The C target: C11 with vector words, threads by OpenMP; runs on any CPU gcc or clang know."""
+
+from __future__ import annotations
+
+from kernelgen.config import Capabilities, NoConfig, RowTileConfig
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import Field
+from kernelgen.targets.base import Argument, Target, Walk
+from kernelgen.targets.c.dialect import ROWS, SCALAR
+
+_SIZES = tuple(Argument(name, "size", "i64") for name in ("M", "N", "K"))
+_WEIGHTS = Argument("w", "in", "u8", ("N_TILES", "ROW_BYTES"))
+
+
+#: what C and the templates call something; a format's field of that name gets an underscore
+_RESERVED = frozenset(
+    "auto break case char const continue default do double else enum extern float for goto if"
+    " inline int long register restrict return short signed sizeof static struct switch typedef"
+    " union unsigned void volatile while"
+    " ACT BLOCK BLOCK_BYTES CHUNK COLUMNS FOR GROUP INLINE K LANES M N NULL PARALLEL PARALLEL_FOR"
+    " STEPS UNROLL WORDS"
+    " at b block blocks c code codes columns count dot entry finite from g groups j j0 k k0 l"
+    " largest m magnitude n offset out part partial q repacked rounded row_bytes rows s scale"
+    " scratch store sum t tile tiles to top total u unit value values w wt x xd xm xq xs y ym"
+    " blend gather lookup widen spread1 u32v i32v f32v".split()
+)
+
+
+def _integer_codes(fmt: BlockFormat) -> str | None:
+    if fmt.float_codes:
+        return f"elements of {fmt.name} are floats, which have no integer dot product"
+    return None
+
+
+def _matmul(op: str, precision: str) -> Walk:
+    scratch = (Argument("scratch", "scratch", "u8", ("SCRATCH_BYTES",)),)
+    return Walk(
+        name=f"row_tiles_{precision}",
+        op=op,
+        precision=precision,
+        template=f"matmul_{precision}.c.j2",
+        config=RowTileConfig,
+        arguments=(
+            Argument("x", "in", "f32", ("M", "K")),
+            _WEIGHTS,
+            Argument("y", "out", "f32", ("M", "N")),
+            *(scratch if precision == "int8" else ()),
+            *_SIZES,
+        ),
+        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+    )
+
+
+def _element_type(one: Field) -> str:
+    """What a pointer to a field points at, in code that reads native blocks."""
+    return {"i8": "int8_t", "u8": "uint8_t"}.get(one.storage.name, "uint8_t")
+
+
+TARGET = Target(
+    name="c",
+    description="C11 with SIMD words (AVX2, AVX-512, NEON, plain) and OpenMP",
+    suffix=".c",
+    walks=(
+        Walk(
+            "blocks", "dequantize", "", "dequantize.c.j2", NoConfig,
+            (
+                Argument("w", "in", "u8", ("COUNT", "BLOCK_BYTES")),
+                Argument("y", "out", "f32", ("COUNT", "BLOCK")),
+                Argument("COUNT", "size", "i64"),
+            ),
+            contract=False,
+        ),
+        Walk(
+            "absmax", "quantize", "int8", "quantize.c.j2", NoConfig,
+            (
+                Argument("x", "in", "f32", ("M", "K")),
+                Argument("q", "out", "i8", ("M", "K")),
+                Argument("d", "out", "f32", ("M", "K/ACT")),
+                Argument("s", "out", "f32", ("M", "K/GROUP")),
+                Argument("M", "size", "i64"),
+                Argument("K", "size", "i64"),
+            ),
+            applies=_integer_codes,
+            contract=False,
+        ),
+        _matmul("matvec", "int8"),
+        _matmul("matvec", "fp32"),
+        _matmul("matmul", "int8"),
+        _matmul("matmul", "fp32"),
+        Walk(
+            "interleave", "prepare", "", "prepare.c.j2", NoConfig,
+            (
+                Argument("w", "in", "u8", ("N", "ROW_BYTES")),
+                Argument("tiles", "out", "u8", ("N_TILES", "ROW_BYTES")),
+                Argument("N", "size", "i64"),
+                Argument("K", "size", "i64"),
+            ),
+        ),
+    ),
+    dialects={"scalar": SCALAR, "rows": ROWS},
+    capabilities=Capabilities(lanes=8, registers=16),
+    support_files=(
+        "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
+    ),
+    globals={"element_type": _element_type},
+    reserved=_RESERVED,
+)  # fmt: skip

@@ -1,0 +1,97 @@
+// Vector words for the kernels of kernelgen, for the instruction set that the compiler is told of.
+//
+// A vector has LANES 32-bit lanes, one for each row of a tile.  u32v, i32v and f32v are GNU vector
+// types: operators work on all lanes, and a scalar operand is the same in all of them.
+#ifndef KERNELGEN_WORDS_H
+#define KERNELGEN_WORDS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 64")
+#endif
+#define INLINE static inline __attribute__((always_inline, unused))
+
+#if defined(_OPENMP)
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#define PARALLEL _Pragma("omp parallel")
+#define FOR _Pragma("omp for schedule(static)")
+#else
+#define PARALLEL_FOR
+#define PARALLEL
+#define FOR
+#endif
+
+// ---- one element ----------------------------------------------------------------------------
+
+INLINE uint16_t load_u16(const void *p) { uint16_t x; memcpy(&x, p, 2); return x; }
+INLINE uint32_t load_u32(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
+INLINE float load_f32(const void *p) { float x; memcpy(&x, p, 4); return x; }
+INLINE float bits_to_f32(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
+INLINE uint32_t f32_to_bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
+
+// Exact, subnormals and NaN included: the exponent is moved by a multiplication by 2^112.
+INLINE float f16_to_f32(uint16_t h) {
+    const uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
+    const float normal = bits_to_f32(magnitude) * 0x1p112f;
+    const float special = bits_to_f32(magnitude | 0x7F800000);
+    const uint32_t bits = f32_to_bits((h & 0x7C00) == 0x7C00 ? special : normal);
+    return bits_to_f32(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
+// ---- LANES rows -----------------------------------------------------------------------------
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(KERNELGEN_SCALAR)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(KERNELGEN_SCALAR)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef uint32_t u32v __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
+typedef float f32v __attribute__((vector_size(4 * LANES)));
+
+// Unit `index` of a field, of all rows of the tile: `field` points at the field's first unit.
+INLINE u32v rows_u32(const uint8_t *field, ptrdiff_t index) {
+    u32v x;
+    memcpy(&x, field + index * 4 * LANES, sizeof x);
+    return x;
+}
+INLINE f32v rows_f32(const uint8_t *field, ptrdiff_t index) { return (f32v)rows_u32(field, index); }
+
+INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
+INLINE u32v splat_u32(uint32_t x) { return (u32v){0} + x; }
+INLINE i32v splat_i32(int32_t x) { return (i32v){0} + x; }
+INLINE f32v splat_f32(float x) { return (f32v){0} + x; }
+
+INLINE i32v blend(i32v condition, i32v a, i32v b) { return (a & condition) | (b & ~condition); }
+
+// Byte l of each lane becomes bit l of x, l = 0..3: the product puts copies of the four bits at
+// distances of 7, so that bit l arrives at the bottom of byte l.
+INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
+
+#if LANES == 16
+#include "words_avx512.h"
+#elif LANES == 8
+#include "words_avx2.h"
+#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD) && !defined(KERNELGEN_SCALAR)
+#include "words_neon.h"
+#else
+#include "words_plain.h"
+#endif
+
+// How many products one lane of a partial sum takes before it may overflow, for codes up to
+// code_max against activations up to 127, at most the `words` of a group.
+#define STEPS(code_max, words) \
+    ((PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max))) < (words)                        \
+         ? (PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max))) : (words))
+
+#endif

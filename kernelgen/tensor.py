@@ -1,0 +1,288 @@
+"""A quantized tensor: the bytes of its blocks, their format, and the shape they stand for."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.errors import FormatError, ShapeError
+from kernelgen.ir import formats
+from kernelgen.ir.block import BlockFormat
+
+Array = npt.NDArray[Any]
+
+
+class QuantTensor:
+    """Weights in a block format, as they lie in a file.
+
+    format  name of a format in any case, or a `BlockFormat`
+    shape   elements: (N, K) for a matrix, (E, N, K) for a stack of them, (K,) for a vector; K is
+            the innermost, which the blocks run along, and a multiple of the format's block
+    data    uint8, the bytes of the blocks in C order, in an array of any shape with the right
+            size; memory maps and other contiguous arrays are not copied
+    name    what a file calls it, for people
+
+    Its data is read-only: targets keep repacked copies of it.  `w[n]` and `w[a:b]` are tensors
+    that share the data.  Tensors are equal when format, shape and bytes are.
+
+    Raises FormatError for an unknown format or a K it cannot hold, ShapeError for any other
+    contradiction between shape and data.
+    """
+
+    __slots__ = ("__weakref__", "_data", "_format", "_prepared", "_shape", "name")
+
+    name: str | None
+
+    def __init__(
+        self,
+        format: str | BlockFormat,
+        shape: Iterable[int],
+        data: Array,
+        name: str | None = None,
+    ) -> None:
+        self._format = fmt = _as_format(format)
+        self._shape = _as_shape(fmt, shape)
+        self.name = name
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
+            seen = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
+            raise ShapeError(
+                f"the data of a {fmt.name} tensor is a numpy array of uint8, the bytes of its"
+                f" blocks, not {seen}; floats are turned into blocks by kernelgen.quantize"
+            )
+        rows, row_bytes = math.prod(self._shape[:-1]), fmt.row_bytes(self._shape[-1])
+        if data.size != rows * row_bytes:
+            raise ShapeError(
+                f"a {fmt.name} tensor of shape {_times(self._shape)} takes {rows} x {row_bytes} ="
+                f" {rows * row_bytes} bytes, but its data has {data.size}; check shape and format"
+            )
+        # the plain view drops numpy's memmap class, whose every slice is slow, not the mapping
+        self._data: npt.NDArray[np.uint8] = (
+            np.ascontiguousarray(data).view(np.ndarray).reshape(*self._shape[:-1], row_bytes)
+        )
+        self._data.flags.writeable = False
+        #: repacked copies, kept here by targets under keys of their own
+        self._prepared: dict[Hashable, Any] = {}
+
+    @property
+    def format(self) -> BlockFormat:
+        """The format of the blocks."""
+        return self._format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dimension; the blocks run along the last."""
+        return self._shape
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """The bytes, uint8 (..., row_bytes), contiguous and read-only."""
+        return self._data
+
+    @property
+    def rows(self) -> int:
+        """Rows of K elements: the product of all dimensions but the last."""
+        return math.prod(self._shape[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return int(self._data.nbytes)
+
+    @property
+    def bits(self) -> float:
+        """Bits per element, scales included."""
+        return self._format.bits
+
+    def dequantize(self, rows: Any = None) -> npt.NDArray[np.float32]:
+        """The values, float32, in an array of their own.
+
+        Without `rows`, of the tensor's shape.  With `rows`, a number, a slice or integers of
+        shape S that count the rows of K elements (through all leading dimensions), only those
+        rows: (K,), (n, K) or (*S, K).
+        """
+        fmt, k = self._format, self._shape[-1]
+        picked = self._data
+        if rows is not None:
+            picked = self._pick(rows)
+        blocks = picked.reshape(*picked.shape[:-1], k // fmt.block, fmt.nbytes)
+        values: npt.NDArray[np.float32] = fmt.decode(blocks).reshape(*picked.shape[:-1], k)
+        return values
+
+    def row(self, n: int) -> QuantTensor:
+        """Row n, a tensor of shape (K,) that shares the data.
+
+        Rows are counted through all leading dimensions; negative n counts from the end.
+        """
+        at = _index(n, self.rows, "row", self)
+        flat = self._data.reshape(self.rows, self._format.row_bytes(self._shape[-1]))
+        return QuantTensor(self._format, self._shape[-1:], flat[at])
+
+    def __getitem__(self, key: int | slice) -> QuantTensor:
+        """`w[n]`, or rows `w[a:b]`, along the first dimension; shares the data."""
+        if len(self._shape) == 1:
+            raise ShapeError(
+                f"{self!r} is one row, and blocks are not cut; dequantize() it to index elements"
+            )
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step != 1:
+                raise ShapeError(
+                    f"{self!r} was sliced in steps of {step}; rows are shared only in steps of 1:"
+                    " dequantize(slice) takes any"
+                )
+            shape = (max(0, stop - start), *self._shape[1:])
+            return QuantTensor(self._format, shape, self._data[start:stop])
+        at = _index(key, len(self), "index", self)
+        return QuantTensor(self._format, self._shape[1:], self._data[at])
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __iter__(self) -> Iterator[QuantTensor]:
+        return (self[n] for n in range(len(self)))
+
+    def save(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Write a GGUF file that holds this tensor alone; an existing file is replaced at once.
+
+        `name` is the tensor's name there: its own by default, or "weight" where it has none.
+        Raises FileError where it cannot be written, FormatError where ggml has no such format.
+        """
+        from kernelgen import gguf_files  # it stands above this module
+
+        gguf_files.save(path, {name or self.name or "weight": self})
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("a QuantTensor has no floats to share; leave out copy=False")
+        return self.dequantize().astype(dtype or np.float32, copy=False)
+
+    # x @ w would dequantize, and multiply by the transpose of what a weight matrix means
+    __array_ufunc__ = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantTensor):
+            return NotImplemented
+        return (
+            self._format is other._format
+            and self._shape == other._shape
+            and bool(np.array_equal(self._data, other._data))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantTensor, (self._format, self._shape, self._data, self.name)
+
+    def __repr__(self) -> str:
+        name = "" if self.name is None else f"{self.name!r}, "
+        size = human_bytes(self.nbytes)
+        return f"QuantTensor({name}{self._format.name}, {_times(self._shape)}, {size})"
+
+    def _pick(self, rows: Any) -> Array:
+        """Bytes of the rows that `rows` names, uint8 (..., row_bytes)."""
+        flat = self._data.reshape(self.rows, self._format.row_bytes(self._shape[-1]))
+        if isinstance(rows, slice):
+            return flat[rows]
+        wanted = np.asarray(rows)
+        if wanted.size and wanted.dtype.kind not in "iu":
+            raise ShapeError(
+                f"rows of {self!r} were asked for by {wanted.dtype}; name them by integers or a"
+                " slice"
+            )
+        if wanted.size:
+            for extreme in (wanted.min(), wanted.max()):
+                _index(extreme, self.rows, "row", self)
+        picked: Array = flat[wanted.astype(np.intp)]
+        return picked
+
+
+def quantize(
+    x: Array,
+    fmt: str | BlockFormat,
+    importance: Array | None = None,
+    progress: Callable[..., Any] | None = None,
+    threads: int | None = None,
+) -> QuantTensor:
+    """`x`, floats (..., K), in format `fmt`: a tensor of the same shape.
+
+    importance  float (K,), the weight of each column's squared error; all equal by default
+    progress    told how far the work is (see kernelgen.quantizer.quantize)
+    threads     threads to use; all by default
+
+    Raises FormatError where K is not a multiple of the format's block, ShapeError for x without
+    dimensions.
+    """
+    from kernelgen import quantizer  # only those who quantize pay for its import
+
+    target = _as_format(fmt)
+    values = np.asarray(x)
+    shape = _as_shape(target, values.shape)
+    flat = values.reshape(math.prod(shape[:-1]), shape[-1])
+    data = quantizer.quantize(
+        flat, target, importance=importance, progress=progress, threads=threads
+    )
+    return QuantTensor(target, shape, data)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes for people: 144 B, 33.0 MB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+def _times(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _as_format(given: object) -> BlockFormat:
+    if isinstance(given, BlockFormat):
+        return given
+    if isinstance(given, str):
+        return formats.get(given)
+    raise FormatError(
+        f"a format is given by its name or as a BlockFormat, not as {type(given).__name__}"
+    )
+
+
+def _as_shape(fmt: BlockFormat, given: object) -> tuple[int, ...]:
+    """`given` as a shape that `fmt` can hold."""
+    try:
+        shape = tuple(operator.index(size) for size in given)  # type: ignore[attr-defined]
+    except TypeError:
+        raise ShapeError(
+            f"the shape of a {fmt.name} tensor is a tuple of integers such as (4096, 256), not"
+            f" {given!r}"
+        ) from None
+    if not shape:
+        raise ShapeError(
+            f"a {fmt.name} tensor needs a dimension for its blocks to run along, and shape () has"
+            " none; use (K,)"
+        )
+    if min(shape) < 0:
+        raise ShapeError(f"the shape of a {fmt.name} tensor was given as {shape}; sizes are >= 0")
+    fmt.row_bytes(shape[-1])
+    return shape
+
+
+def _index(given: Any, count: int, what: str, tensor: QuantTensor) -> int:
+    """`given` as a number in 0..count-1, counted from the end where negative."""
+    try:
+        at = operator.index(given)
+    except TypeError:
+        raise ShapeError(
+            f"{tensor!r} was indexed by {type(given).__name__}; use an integer or a slice"
+        ) from None
+    if not -count <= at < count:
+        raise ShapeError(f"{what} {at} of {tensor!r} was asked for; it has {count}")
+    return at % count
