@@ -1,0 +1,53 @@
+"""kernelgen: quantized matmul kernels for every format and GPU API, from one description each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name -> module that defines it; loaded on first use, so that importing costs little
+_HOME = {
+    "QuantTensor": "kernelgen.tensor",
+    "BlockFormat": "kernelgen.ir.block",
+    "KernelgenError": "kernelgen.errors",
+    **dict.fromkeys(
+        ("dequantize", "formats", "kernel", "matmul", "open", "prepare", "quantize",
+         "register_format", "save", "source", "targets", "unregister_format"),
+        "kernelgen.api",
+    ),
+}  # fmt: skip
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from kernelgen.api import (  # noqa: F401
+        dequantize,
+        formats,
+        kernel,
+        matmul,
+        open,
+        prepare,
+        quantize,
+        register_format,
+        save,
+        source,
+        targets,
+        unregister_format,
+    )
+    from kernelgen.errors import KernelgenError  # noqa: F401
+    from kernelgen.ir.block import BlockFormat  # noqa: F401
+    from kernelgen.tensor import QuantTensor  # noqa: F401
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kernelgen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from kernelgen.config import Config
+from kernelgen import __version__
+from kernelgen.config import Config, NoConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import unit_bytes
@@ -18,9 +17,6 @@ from kernelgen.targets.base import Kernel, Printer, Target, Walk
 
 if TYPE_CHECKING:
     import jinja2
-
-VERSION = "0.1.0"
-
 
 @functools.cache
 def environment(target: str) -> jinja2.Environment:
@@ -83,7 +79,7 @@ def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kern
     }
     context |= {
         "entry": entry, "fmt": fmt, "steps": context_steps, "config": config, "notes": notes,
-        "walk": one.name, "version": VERSION, "tables": tables, "unit_bytes": unit_bytes,
+        "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
         "title": _title(one, fmt), "config_text": _config_text(config), **target.globals,
     }  # fmt: skip
@@ -91,10 +87,12 @@ def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kern
     # the hash is of the text without itself: of all that makes this kernel what it is
     digest = hashlib.sha256(template.render(context | {"hash": ""}).encode()).hexdigest()[:16]
     source = template.render(context | {"hash": digest}).lstrip("\n")
+    repacked = getattr(config, "layout", "native") != "native"
+    prepare = target.walk("prepare", fmt) if repacked else None
     return Kernel(
-        target=target.name, op=one.op, format=fmt.name, precision=one.precision, walk=one.name,
-        config=config, entry=entry, source=source, suffix=target.suffix, arguments=one.arguments,
-        contract=one.contract, notes=notes, hash=digest,
+        target=target.name, op=one.op, format=fmt, walk=one, config=config, entry=entry,
+        source=source, hash=digest, notes=notes,
+        prepare=_render(prepare, fmt, target, NoConfig()) if prepare else None,
     )  # fmt: skip
 
 
@@ -122,20 +120,3 @@ def _tables(source: Any) -> dict[str, tuple[int, ...]]:
     return {
         name: values + (0,) * (16 - len(values)) for name, values in zip(names, found, strict=True)
     }
-
-
-def manifest_entry(kernel: Kernel) -> dict[str, Any]:
-    """What a host needs to launch a kernel, as plain data."""
-    return {
-        "op": kernel.op, "format": kernel.format, "precision": kernel.precision,
-        "walk": kernel.walk, "config": kernel.config.as_dict(), "entry": kernel.entry,
-        "hash": kernel.hash, "notes": list(kernel.notes),
-        "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
-    }  # fmt: skip
-
-
-def manifest_text(entries: list[dict[str, Any]]) -> str:
-    """A manifest file: sorted, so that it changes only where a kernel does."""
-    return json.dumps(entries, indent=1, sort_keys=True) + "\n"
-
-

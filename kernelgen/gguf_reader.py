@@ -30,6 +30,9 @@ _GUARDED = ("_get", "_get_field_parts", "_get_tensor_info_field", "_build_tensor
 #: names that the reader adds to the metadata of the file
 _ADDED = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count")
 
+#: elements of all lists in the metadata of a file; a vocabulary with its merges has a million
+_MAX_LISTED = 1 << 23
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -65,6 +68,7 @@ class GuardedReader(gguf.GGUFReader):
                 " guards against damaged files; install gguf 0.19"
             )
         self._names: set[str] = set()
+        self._listed = 0
         super().__init__(path)
 
     def _get(
@@ -90,11 +94,18 @@ class GuardedReader(gguf.GGUFReader):
         kind = gguf.GGUFValueType(raw_type)
         if kind is not gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        item = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+        item, count = gguf.GGUFValueType(int(head[0][0])), int(head[1][0])
+        offset = orig_offs + 12
+        # in a large file a wrong count need not run beyond the end
+        self._listed += count
+        if self._listed > _MAX_LISTED:
+            raise DamagedError(
+                f"its metadata claims lists of {self._listed} elements, and kernelgen reads"
+                f" {_MAX_LISTED}"
+            )
         if item is gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
-        count, offset = int(head[1][0]), orig_offs + 12
         if item is gguf.GGUFValueType.STRING:
             strings, end = self._strings(offset, count)
             parts = [*head, *strings]

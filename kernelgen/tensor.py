@@ -85,6 +85,11 @@ class QuantTensor:
         return self._data
 
     @property
+    def prepared(self) -> dict[Hashable, Any]:
+        """Copies that targets repacked or uploaded, under keys of their own."""
+        return self._prepared
+
+    @property
     def rows(self) -> int:
         """Rows of K elements: the product of all dimensions but the last."""
         return math.prod(self._shape[:-1])

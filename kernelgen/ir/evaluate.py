@@ -70,11 +70,11 @@ def _apply(
             raise ExprError(f"variable {name} must lie in {lo}..{hi}, not {value}")
         return value.astype(dtype)
     if op == "load":
-        return fields[node.attr.name][..., np.atleast_1d(args[0])].astype(dtype)
+        return _elements(_given(node.attr.name, fields), args[0]).astype(dtype)
     if op == "element":
-        return fields[node.attr][..., np.atleast_1d(args[0])].astype(dtype)
+        return _elements(_given(node.attr, fields), args[0]).astype(dtype)
     if op == "table":
-        return np.asarray(node.attr, dtype=dtype)[args[0]]
+        return np.take(np.asarray(node.attr, dtype=dtype), args[0], mode="clip")
     if op == "cast":
         if node.dtype.is_int and node.args[0].dtype.is_int:
             return args[0].astype(np.int64).astype(dtype)
@@ -96,10 +96,9 @@ def _apply(
         function = np.left_shift if op == "<<" else np.right_shift
         return function(args[0], (args[1] & 31).astype(dtype))
     if op == "word":
-        raw = fields[node.attr.name]
-        bytes_ = np.ascontiguousarray(raw).view(np.uint8)
-        unit = np.atleast_1d(args[0])
-        words = [bytes_[..., 4 * unit + i].astype(np.uint32) << np.uint32(8 * i) for i in range(4)]
+        bytes_ = np.ascontiguousarray(_given(node.attr.name, fields)).view(np.uint8)
+        lanes = [_elements(bytes_, 4 * args[0] + i).astype(np.uint32) for i in range(4)]
+        words = [lane << np.uint32(8 * i) for i, lane in enumerate(lanes)]
         return words[0] | words[1] | words[2] | words[3]
     if op == "spread":
         bits, mask = node.attr, np.uint32((1 << node.attr) - 1)
@@ -107,9 +106,31 @@ def _apply(
         return lanes[0] | lanes[1] | lanes[2] | lanes[3]
     if op == "lookup":
         values = np.asarray([v & 255 for v in node.attr] + [0] * (256 - len(node.attr)), np.uint32)
-        lanes = [values[(args[0] >> np.uint32(8 * i)) & np.uint32(255)] << np.uint32(8 * i) for i in range(4)]
+        bytes_ = [(args[0] >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)]
+        lanes = [values[one] << np.uint32(8 * i) for i, one in enumerate(bytes_)]
         return lanes[0] | lanes[1] | lanes[2] | lanes[3]
     return _BINARY[op](args[0], args[1])
+
+
+def _given(name: str, fields: Mapping[str, Array]) -> Array:
+    if name not in fields:
+        raise ExprError(f"no values given for field {name}; given: {sorted(fields)}")
+    return fields[name]
+
+
+def _elements(array: Array, index: Array) -> Array:
+    """Elements of the last axis; `index` is one-dimensional, or depends on the blocks itself.
+
+    An index outside reads the nearest element.  In a well-formed expression (see ir.check) only a
+    branch of where() that is not taken has one.
+    """
+    index = np.atleast_1d(index)
+    if index.ndim == 1:
+        return np.take(array, index, axis=-1, mode="clip")
+    blocks = np.broadcast_shapes(array.shape[:-1], index.shape[:-1])
+    array = np.broadcast_to(array, (*blocks, array.shape[-1]))
+    index = np.broadcast_to(index, (*blocks, index.shape[-1]))
+    return np.take_along_axis(array, np.clip(index, 0, array.shape[-1] - 1), axis=-1)
 
 
 def _erf(x: Array) -> Array:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
@@ -106,10 +107,13 @@ class Expr:
     args: tuple[Expr, ...]
     attr: Any
 
+    __array_ufunc__ = None  # a numpy number beside an expression leaves the operator to us
+
     def __new__(cls, op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) -> Expr:
         """The one object for this operator on these operands."""
         # repr() keeps 0.0 apart from -0.0, and 1 from 1.0 and True, which == does not
-        key = (op, dtype, tuple(map(id, args)), repr(attr) if op == "const" else attr)
+        exact = repr(attr) if op in ("const", "table") else attr
+        key = (op, dtype, tuple(map(id, args)), exact)
         found = _interned.get(key)
         if found is not None:
             return found
@@ -221,15 +225,17 @@ class Expr:
 
 def const(value: int | float, dtype: DType) -> Expr:
     """A constant; integers wrap to 32 bits, floats keep the value rounded to single precision."""
+    if dtype is BOOL:
+        return Expr("const", BOOL, attr=bool(value))
+    if not isinstance(value, numbers.Real):
+        raise ExprError(f"{value!r} is not a number and cannot stand in an expression")
     if dtype is F32:
         # struct would raise on overflow where IEEE rounds to infinity; numpy does what IEEE says
         import numpy as np
 
         with np.errstate(over="ignore"):
             return Expr("const", F32, attr=float(np.float32(value)))
-    if dtype is BOOL:
-        return Expr("const", BOOL, attr=bool(value))
-    if value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise ExprError(f"an {dtype.value} constant must be a whole number, not {value}")
     return Expr("const", dtype, attr=wrap(int(value), dtype))
 
@@ -254,12 +260,13 @@ def load(field: Field, index: Scalar) -> Expr:
 
 
 def table(values: Sequence[int] | Sequence[float], index: Expr) -> Expr:
-    """`values[index]`; integers give i32, floats f32."""
+    """`values[index]`; integers wrap to i32, floats give f32."""
+    if len(values) == 0:
+        raise ExprError(f"a table needs at least one value: table([], {index})")
     if not index.dtype.is_int:
         raise ExprError(f"a table is indexed by an integer, not by {index.dtype.value}: {index}")
-    if all(isinstance(v, int) for v in values):
-        return Expr("table", I32, (index,), tuple(values))
-    return Expr("table", F32, (index,), tuple(const(v, F32).attr for v in values))
+    dtype = F32 if any(_is_float(v) for v in values) else I32
+    return Expr("table", dtype, (index,), tuple(const(v, dtype).attr for v in values))
 
 
 def cast(dtype: DType, x: Expr) -> Expr:
@@ -278,6 +285,11 @@ def bitcast(dtype: DType, x: Expr) -> Expr:
 
 def where(condition: Expr, a: Scalar, b: Scalar) -> Expr:
     """`a` where the condition holds, else `b`."""
+    if not isinstance(condition, Expr):
+        raise ExprError(
+            f"the condition of where() must be an expression, not {condition!r};"
+            " compare values with equal(a, b), as a == b compares the expressions themselves"
+        )
     if condition.dtype is not BOOL:
         raise ExprError(f"the condition of where() must be bool, not {condition.dtype.value}")
     left, right = _same_type(a, b, "where")
@@ -344,15 +356,20 @@ def element(name: str, index: Expr) -> Expr:
     return Expr("element", U32, (index,), name)
 
 
+def _is_float(value: object) -> bool:
+    """Whether a Python or numpy number is no integer."""
+    return not isinstance(value, numbers.Integral)
+
+
 def _same_type(a: Scalar, b: Scalar, op: str) -> tuple[Expr, Expr]:
     if not isinstance(a, Expr) and not isinstance(b, Expr):
-        dtype = F32 if isinstance(a, float) or isinstance(b, float) else I32
+        dtype = F32 if _is_float(a) or _is_float(b) else I32
         return const(a, dtype), const(b, dtype)
     if not isinstance(a, Expr):
         assert isinstance(b, Expr)
-        a = const(a, F32 if isinstance(a, float) else b.dtype)
+        a = const(a, F32 if _is_float(a) else b.dtype)
     if not isinstance(b, Expr):
-        b = const(b, F32 if isinstance(b, float) else a.dtype)
+        b = const(b, F32 if _is_float(b) else a.dtype)
     if a.dtype is b.dtype:
         return a, b
     if F32 in (a.dtype, b.dtype):  # an integer beside a float becomes a float
@@ -473,7 +490,9 @@ def _show(expr: Expr) -> tuple[str, int]:
         loose = inner < level or (inner == level and right and not regrouped)
         # & | ^ << >> beside arithmetic are misread by people, so these are always bracketed
         mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op
-        return f"({text})" if loose or mixed else text
+        # a < b == c compares three values in Python and two in C
+        chained = op in COMPARISONS and arg.op in COMPARISONS
+        return f"({text})" if loose or mixed or chained else text
 
     if op == "neg":
         return f"-{side(args[0], True)}", level

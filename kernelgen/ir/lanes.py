@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernelgen.errors import ExprError
 from kernelgen.ir.expr import (
     I32,
     U32,
@@ -63,7 +64,7 @@ def pack(expr: Expr, lane: Expr = LANE) -> Packed:
     scalar = simplify(expr)
     if not (fits(scalar, 0, 255) or fits(scalar, -128, 127)):
         lo, hi = interval(scalar)
-        raise ValueError(f"values in {lo}..{hi} do not fit a byte and cannot be packed: {scalar}")
+        raise ExprError(f"values in {lo}..{hi} do not fit a byte and cannot be packed: {scalar}")
     try:
         return Packed(simplify(_pack(scalar, lane)), None)
     except _NotPackable as reason:
@@ -126,7 +127,8 @@ def _pack_and(expr: Expr, lane: Expr) -> Expr:
         affine = _stride(amount, lane)
         if affine is not None and affine[1] and not depends_on(shifted, lane):
             base, bits = affine
-            if mask.attr == (1 << bits) - 1 and interval(base)[1] + LANES * bits <= 32:
+            fields = bits > 0 and mask.attr == (1 << bits) - 1  # which follow one another
+            if fields and interval(base)[1] + LANES * bits <= 32:
                 return spread(bits, simplify(cast(U32, shifted) >> base))
         if not depends_on(amount, lane) and mask.attr <= 255 >> interval(amount)[1]:
             _require_unsigned(shifted)

@@ -96,16 +96,22 @@ def _binary(op: str, x: Interval, y: Interval, whole: Interval) -> Interval:
 @functools.lru_cache(maxsize=65536)
 def divisor(expr: Expr) -> int:
     """The largest known number that divides the expression; 0 if the expression is zero."""
-    op, args = expr.op, expr.args
     if expr.dtype is BOOL or not expr.dtype.is_int:
         return 1
+    known = _divisor(expr)
+    # what wraps loses a multiple of 2^32, so that only a power of two still divides it
+    return math.gcd(known, 1 << 32) if wraps(expr) else known
+
+
+def _divisor(expr: Expr) -> int:
+    op, args = expr.op, expr.args
     if op == "const":
         return abs(int(expr.attr))
     if op in ("+", "-"):
         return math.gcd(divisor(args[0]), divisor(args[1]))
     if op == "*":
         return divisor(args[0]) * divisor(args[1])
-    if op == "<<" and args[1].op == "const":
+    if op == "<<" and args[1].op == "const" and 0 <= args[1].attr < 32:
         return divisor(args[0]) << int(args[1].attr)
     if op == "%" and args[1].op == "const":
         return math.gcd(divisor(args[0]), int(args[1].attr))

@@ -39,18 +39,18 @@ x * 1                    -> x
 (x + y) * a              -> x * a + y * a
 x // 1                   -> x
 x // a                   -> 0                      if 0 <= lo(x) and hi(x) < a
-(x // a) // b            -> x // (a * b)           if a > 0 and b > 0
+(x // a) // b            -> x // (a * b)           if a > 0 and b > 0 and a * b < 1 << 31
 (x * a) // b             -> x * (a // b)           if b > 0 and a % b == 0
 (x * a) // b             -> x // (b // a)          if a > 0 and b % a == 0
 (x + y) // a             -> x // a + y // a        if a > 0 and div(x) % a == 0
-(x + y) // a             -> x // a                 if 0 <= lo(y) and hi(y) < gcd(div(x), a)
+(x + y) // a             -> x // a                 if a > 0 and 0 <= lo(y) and hi(y) < gcd(div(x), a)
 (x % a) // b             -> (x // b) % (a // b)    if b > 0 and a > 0 and a % b == 0
 x % a                    -> 0                      if a > 0 and div(x) % a == 0
 x % a                    -> x                      if 0 <= lo(x) and hi(x) < a
 (x % a) % b              -> x % b                  if a > 0 and b > 0 and a % b == 0
 (x * a) % b              -> (x % (b // a)) * a     if a > 0 and b > a and b % a == 0
 (x + y) % a              -> y % a                  if a > 0 and div(x) % a == 0
-(x + y) % a              -> x % a + y              if 0 <= lo(y) and hi(y) < gcd(div(x), a)
+(x + y) % a              -> x % a + y              if a > 0 and 0 <= lo(y) and hi(y) < gcd(div(x), a)
 x // a * a + x % a       -> x                      if a > 0
 x & 0                    -> 0
 x & a                    -> x                      if 0 <= lo(x) and hi(x) <= a and a & (a + 1) == 0
@@ -155,7 +155,8 @@ def fold_constants(expr: Expr) -> Expr | None:
     if expr.op in ("const", "var", "load", "word", "element", "named"):
         return None
     if expr.args and all(a.op == "const" for a in expr.args):
-        return const(evaluate(expr).item(), expr.dtype)
+        value = evaluate(expr).item()
+        return const(value, expr.dtype) if value == value else None  # a NaN would lose its bits
     if expr.op == "select" and expr.args[0].op == "const":
         return expr.args[1] if expr.args[0].attr else expr.args[2]
     if expr.dtype is not F32 and not any(n.op in ("load", "word", "element") for n in walk(expr)):

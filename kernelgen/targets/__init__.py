@@ -10,6 +10,9 @@ from kernelgen.targets.base import Target
 #: every target, the reference first
 NAMES = ("c",)
 
+#: which to run on where the user does not say: the first that can
+PREFERENCE = ("c",)
+
 
 def get(name: str) -> Target:
     """The manifest of a target."""

@@ -7,14 +7,19 @@ A target is a folder with `__init__.py` (a frozen `Target`), `dialect.py` (words
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy.typing as npt
 
 from kernelgen.config import Capabilities, Config
 from kernelgen.errors import TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import BITWISE, BOOL, F32, PRECEDENCE, SHIFTS, U32, Expr, walk
+from kernelgen.ir.ops import Activations
+
+Array = npt.NDArray[Any]
 
 #: ops and precisions, in the order in which they are listed
 OPS = ("dequantize", "quantize", "matvec", "matmul", "prepare")
@@ -61,31 +66,68 @@ class Walk:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Generated source, and all that a host must know to launch it."""
+    """Generated source, and all that a host must know to launch it.
+
+    walk       the walk it came from, `config` what was chosen for it
+    entry      name of the entry point, `arguments` what it takes
+    hash       of the source
+    prepare    the kernel that repacks the weights for this one; None where it takes native blocks
+    notes      what a reader of `list` or of the source should know
+    """
 
     target: str
     op: str
-    format: str
-    precision: str
-    walk: str
+    format: BlockFormat
+    walk: Walk
     config: Config
     entry: str
     source: str
-    suffix: str
-    arguments: tuple[Argument, ...]
-    contract: bool
     hash: str
+    prepare: Kernel | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def precision(self) -> str:
+        """ "fp32" or "int8" activations; "" where the op has no such choice."""
+        return self.walk.precision
 
-class Program(Protocol):
-    """A compiled kernel: called with its arguments in order."""
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        """Arguments of the entry point, in order."""
+        return self.walk.arguments
 
-    def __call__(self, *arguments: Any) -> None: ...
+    @property
+    def contract(self) -> bool:
+        """Whether the compiler may round a*b + c once."""
+        return self.walk.contract
+
+
+class Weights(Protocol):
+    """A quantized matrix as a runtime takes it (`kernelgen.tensor.QuantTensor` is one).
+
+    `data` holds native blocks, uint8 (..., row_bytes); a runtime keeps repacked or uploaded
+    copies in `prepared` under keys of its own.
+    """
+
+    @property
+    def format(self) -> BlockFormat: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def data(self) -> Array: ...
+
+    @property
+    def prepared(self) -> dict[Hashable, Any]: ...
 
 
 class Runtime(Protocol):
-    """How a target reaches its machine.  Drivers are imported on use only."""
+    """How a target reaches its machine.  Drivers are imported on use only.
+
+    The methods that run a kernel take and give numpy arrays; they compile it on first use, and
+    keep the binary on disk.
+    """
 
     def available(self) -> str | None:
         """Why kernels cannot run here, or None."""
@@ -99,8 +141,24 @@ class Runtime(Protocol):
         """The devices, one dictionary each, for people and programs to read."""
         ...
 
-    def compile(self, kernel: Kernel) -> Program:
-        """Machine code for a kernel; cached on disk."""
+    def dequantize(self, kernel: Kernel, w: Weights) -> Array:
+        """Values of w, float32, of its shape."""
+        ...
+
+    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+        """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
+        ...
+
+    def prepare(self, kernel: Kernel, w: Weights) -> Any:
+        """What `matmul` of this kernel reads instead of the native blocks, kept in w.prepared."""
+        ...
+
+    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills.
+
+        Arrays are C-contiguous and do not overlap.  The function is safe to call from many
+        threads at once.
+        """
         ...
 
 

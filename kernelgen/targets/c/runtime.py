@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
-from kernelgen.targets.base import Kernel, Program
+from kernelgen.ir.ops import Activations
+from kernelgen.targets.base import Array, Kernel, Weights
 
 log = logging.getLogger("kernelgen")
 
@@ -201,11 +202,9 @@ def cache_folder() -> Path:
 
 
 class CProgram:
-    """A loaded kernel.  Arrays are passed as numpy arrays, sizes as ints, in manifest order."""
+    """A loaded kernel.  Pointers are passed as addresses, sizes as ints, in manifest order."""
 
     def __init__(self, library: ctypes.CDLL, kernel: Kernel) -> None:
-        self.kernel = kernel
-        self.library = library
         self.function = getattr(library, kernel.entry)
         self.function.restype = None
         self.function.argtypes = [
@@ -221,11 +220,9 @@ class CProgram:
         """Bytes of scratch memory for M rows of K activations; 0 where none is needed."""
         return int(self._scratch(m, k)) if self._scratch is not None else 0
 
-    def __call__(self, *arguments: Any) -> None:
-        """Arrays must be C-contiguous numpy arrays of the manifest's dtypes."""
-        self.function(
-            *(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments)
-        )
+    def __call__(self, *arguments: Array | int) -> None:
+        """Arrays must be C-contiguous and of the manifest's dtypes."""
+        self.function(*(a if isinstance(a, int) else a.ctypes.data for a in arguments))
 
 
 class CRuntime:
@@ -234,7 +231,7 @@ class CRuntime:
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
         self._programs: dict[str, CProgram] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def available(self) -> str | None:
         """Why kernels cannot run here, or None."""
@@ -263,15 +260,78 @@ class CRuntime:
             }
         ]
 
-    def compile(self, kernel: Kernel) -> Program:
+    def dequantize(self, kernel: Kernel, w: Weights) -> Array:
+        """Values of w, float32, of its shape."""
+        y = np.empty(w.shape, np.float32)
+        self.program(kernel)(w.data, y, y.size // w.format.block)
+        return y
+
+    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+        """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
+        fmt = kernel.format
+        x = np.ascontiguousarray(x, np.float32)
+        m, k = x.shape
+        fmt.row_bytes(k)
+        q = np.empty((m, k), np.int8)
+        scale = np.empty((m, k // fmt.block), np.float32)
+        sums = np.empty((m, k // fmt.group), np.float32)
+        self.program(kernel)(x, q, scale, sums, m, k)
+        return Activations(q, scale, sums)
+
+    def prepare(self, kernel: Kernel, w: Weights) -> Array:
+        """The bytes that `matmul` of this kernel reads: interleaved tiles, made once and kept in
+        w.prepared, or the native blocks, as the configuration's layout says."""
+        if kernel.prepare is None:
+            return w.data
+        key = ("c", "interleaved", self.isa.capabilities.lanes)
+        tiles: Array | None = w.prepared.get(key)
+        if tiles is None:
+            with self._lock:
+                tiles = w.prepared.get(key)
+                if tiles is None:
+                    tiles = self._interleave(kernel.prepare, w)
+                    w.prepared[key] = tiles
+        return tiles
+
+    def _interleave(self, kernel: Kernel, w: Weights) -> Array:
+        n, k = w.shape
+        lanes = self.isa.capabilities.lanes
+        tiles = np.empty(-(-n // lanes) * lanes * w.format.row_bytes(k), np.uint8)
+        self.program(kernel)(w.data, tiles, n, k)
+        return tiles
+
+    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+        program = self.program(kernel)
+        function, prepare = program.function, self.prepare
+        if not any(a.role == "scratch" for a in kernel.arguments):
+
+            def run(x: Array, w: Weights, y: Array) -> None:
+                (m, k), n = x.shape, w.shape[0]
+                function(_address(x), _address(prepare(kernel, w)), _address(y), m, n, k)
+
+            return run
+
+        def run_with_scratch(x: Array, w: Weights, y: Array) -> None:
+            (m, k), n = x.shape, w.shape[0]
+            scratch = np.empty(program.scratch_bytes(m, k), np.uint8)
+            function(
+                _address(x), _address(prepare(kernel, w)), _address(y), _address(scratch), m, n, k
+            )
+
+        return run_with_scratch
+
+    def program(self, kernel: Kernel) -> CProgram:
         """Load the kernel, compiling it first where the cache has no binary of the same source,
         flags and compiler.  Safe under many threads and processes."""
-        with self._lock:
-            program = self._programs.get(kernel.hash)
-            if program is None:
-                program = CProgram(ctypes.CDLL(str(self.binary(kernel))), kernel)
-                self._programs[kernel.hash] = program
-            return program
+        program = self._programs.get(kernel.hash)
+        if program is None:
+            with self._lock:
+                program = self._programs.get(kernel.hash)
+                if program is None:
+                    program = CProgram(ctypes.CDLL(str(self.binary(kernel))), kernel)
+                    self._programs[kernel.hash] = program
+        return program
 
     def binary(self, kernel: Kernel) -> Path:
         """Path of the kernel's shared library in the cache; made if it is not there."""
@@ -305,12 +365,18 @@ def _build(compiler: Compiler, options: Sequence[str], kernel: Kernel, path: Pat
                 kept = path.with_suffix(".c")
                 kept.write_text(kernel.source)
                 raise CompileError(
-                    f"{compiler.version} rejected {kernel.op} {kernel.format}"
+                    f"{compiler.version} rejected {kernel.op} {kernel.format.name}"
                     f" (source kept in {kept}): {done.stderr.strip() or done.stdout.strip()}"
                 )
             if done.stderr.strip():
                 log.debug("%s: %s", kernel.entry, done.stderr.strip())
             os.replace(built, path)  # a reader sees the whole file or none
+
+
+def _address(array: Array) -> int:
+    # a third of what array.ctypes.data costs
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def cpu_name() -> str:

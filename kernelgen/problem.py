@@ -1,0 +1,59 @@
+"""A problem: what a user asks for, and how wrong an answer may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.errors import ConfigError
+from kernelgen.ir.block import BlockFormat
+
+Array = npt.NDArray[Any]
+
+#: "auto" is not a precision but the choice of one
+PRECISIONS = ("fp32", "int8", "auto")
+
+#: largest M that counts as a matvec
+MATVEC_ROWS = 8
+
+
+def op_for(m: int) -> str:
+    """The op that serves M rows of activations."""
+    return "matvec" if m <= MATVEC_ROWS else "matmul"
+
+
+def choose_precision(asked: str, fmt: BlockFormat) -> str:
+    """The precision to compute in.
+
+    "auto" takes int8 activations wherever the format's elements are integer codes: these have
+    eight bits or less over a block of the same length, so rounding the activations to eight bits
+    by the block's largest magnitude adds no more error than the format itself has.  Floats are
+    multiplied as floats.
+    """
+    if asked not in PRECISIONS:
+        raise ConfigError(
+            f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}"
+        )
+    if asked == "auto":
+        return "fp32" if fmt.float_codes else "int8"
+    return asked
+
+
+def relative_error(got: Array, reference: Array) -> float:
+    """Largest difference, in units of the reference's root mean square.
+
+    Where the reference is not finite the result must be the same kind of not finite, or the error
+    is infinite; a finite result where none should be is as wrong as the reverse.
+    """
+    reference = np.asarray(reference, np.float64)
+    got = np.asarray(got, np.float64)
+    finite = np.isfinite(reference)
+    if got.shape != reference.shape or not np.array_equal(finite, np.isfinite(got)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    rms = float(np.sqrt(np.mean(np.square(reference[finite]))))
+    largest = float(np.abs(got[finite] - reference[finite]).max())
+    return largest / rms if rms else largest
