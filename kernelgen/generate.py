@@ -120,3 +120,10 @@ def _tables(source: Any) -> dict[str, tuple[int, ...]]:
     return {
         name: values + (0,) * (16 - len(values)) for name, values in zip(names, found, strict=True)
     }
+
+
+def render_index(template: str, target: Target, kernels: list[Kernel]) -> str:
+    """A file that is written once for all kernels of a build, such as a header."""
+    found = environment(target.name).get_template(template)
+    text = found.render(kernels=kernels, version=__version__, **target.globals)
+    return text.lstrip("\n")

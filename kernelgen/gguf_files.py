@@ -230,7 +230,9 @@ def save(
             for name, value in values.items():
                 _add_value(gguf, writer, name, value, recorded.get(name))
             for name, tensor in blocks.items():
-                writer.add_tensor(name, tensor.data, raw_dtype=types[name])
+                # as int8, because the shape of uint8 is taken for bytes, not elements
+                signed = tensor.data.view(np.int8)
+                writer.add_tensor(name, signed, raw_shape=tensor.shape, raw_dtype=types[name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -354,18 +356,27 @@ def _type_of(info: TensorInfo) -> tuple[str, BlockFormat | None, tuple[int, int]
         kind = gguf.GGMLQuantizationType(info.type_number)
     except ValueError:
         return f"ggml type {info.type_number}", None, None
-    sizes = gguf.GGML_QUANT_SIZES.get(kind)
     for fmt in formats.formats():
-        # a registered format may have the name and yet be another one
-        if fmt.name.upper() == kind.name and (fmt.block, fmt.nbytes) == sizes:
-            return fmt.name, fmt, sizes
-    return kind.name, None, sizes
+        if _is_type(gguf, fmt, kind):
+            return fmt.name, fmt, (fmt.block, fmt.nbytes)
+    return kind.name, None, gguf.GGML_QUANT_SIZES.get(kind)
+
+
+def _is_type(gguf: Any, fmt: BlockFormat, kind: Any) -> bool:
+    """Whether a format is this type of ggml's, a gguf.GGMLQuantizationType.
+
+    A registered format may have the name and yet be another one, so sizes have to agree, too; not
+    those of kernelgen's own, as gguf 0.19 has 40 bytes for q8_1, which ggml gives 36.
+    """
+    return fmt.name.upper() == kind.name and (
+        fmt in formats.FORMATS or gguf.GGML_QUANT_SIZES.get(kind) == (fmt.block, fmt.nbytes)
+    )
 
 
 def _type_number(gguf: Any, name: str, fmt: BlockFormat) -> Any:
     """ggml's number for a format, a gguf.GGMLQuantizationType."""
     kind = gguf.GGMLQuantizationType.__members__.get(fmt.name.upper())
-    if kind is None or gguf.GGML_QUANT_SIZES[kind] != (fmt.block, fmt.nbytes):
+    if kind is None or not _is_type(gguf, fmt, kind):
         raise FormatError(
             f"tensor {name!r} is in {fmt.name}, a format that ggml does not have, so a GGUF file"
             " cannot hold it; quantize it to one of ggml's, or keep the bytes of its data"

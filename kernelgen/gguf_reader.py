@@ -91,7 +91,7 @@ class GuardedReader(gguf.GGUFReader):
     def _get_field_parts(
         self, orig_offs: int, raw_type: int
     ) -> tuple[int, list[Any], list[int], list[gguf.GGUFValueType]]:
-        kind = gguf.GGUFValueType(raw_type)
+        kind = gguf.GGUFValueType(int(raw_type))
         if kind is not gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]

@@ -57,3 +57,14 @@ def relative_error(got: Array, reference: Array) -> float:
     rms = float(np.sqrt(np.mean(np.square(reference[finite]))))
     largest = float(np.abs(got[finite] - reference[finite]).max())
     return largest / rms if rms else largest
+
+
+def tolerance(op: str) -> float:
+    """Largest `relative_error` that a kernel of this op may have against the reference on the
+    same inputs.
+
+    Decoding is a few exact or singly rounded operations.  Quantized activations are integers, and
+    must be the same integers.  A sum of K products in float32, in pieces of a block or more, is
+    off by a few times 2^-24 * sqrt(K): 1e-5 leaves room up to K of a hundred thousand.
+    """
+    return {"dequantize": 1e-6, "quantize": 0.0, "prepare": 0.0}.get(op, 1e-5)

@@ -30,7 +30,7 @@ from kernelgen.errors import FormatError, ShapeError
 from kernelgen.ir.block import NUMPY_STORAGE, BlockFormat
 from kernelgen.ir.encode import CODE, bit_positions, code_table, encode
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import F32, Expr, cast, const, substitute, var
+from kernelgen.ir.expr import F32, Expr, Field, cast, const, substitute, var
 from kernelgen.ir.ranges import interval
 
 Array = npt.NDArray[Any]
@@ -87,7 +87,8 @@ def quantize(
 
     def run(start: int) -> int:
         with np.errstate(all="ignore"):
-            out[start : start + step] = work(rows[start : start + step])
+            part = rows[start : start + step]
+            out[start : start + step] = work(part).reshape(len(part), -1)
         return min(start + step, len(rows))
 
     with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
@@ -204,7 +205,7 @@ class Factor:
     levels   the values of the function by stored integer
     """
 
-    field: str | None
+    field: Field | None
     floats: int
     integer: str | None
     levels: Levels
@@ -273,9 +274,10 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
 
     if len(floats) > 1 or len(integers) > 1:
         raise unknown("reads " + " and ".join(map(str, leaves)))
-    field, count = (floats[0].attr.name, floats[0].attr.count) if floats else (None, fmt.groups)
-    if floats and not elements(floats[0], count):
-        raise unknown(f"does not use the elements of {field} evenly and in order")
+    field: Field | None = floats[0].attr if floats else None
+    count = field.count if field else fmt.groups
+    if field and not elements(floats[0], count):
+        raise unknown(f"does not use the elements of {field.name} evenly and in order")
     lo, hi, integer = 0, 0, None
     if integers:
         lo, hi = interval(integers[0])
@@ -285,8 +287,8 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
     one, three = (_function(fmt, expr, leaves, value, (lo, hi)) for value in (1.0, -3.0))
     if one is None or three is None:
         raise unknown("differs between groups in more than the fields it reads")
-    if floats and not np.allclose(three, -3 * one, rtol=1e-6, atol=0):
-        raise unknown(f"is not proportional to {field}")
+    if field and not np.allclose(three, -3 * one, rtol=1e-6, atol=0):
+        raise unknown(f"is not proportional to {field.name}")
     return Factor(field, count, integer, Levels(one, np.arange(lo, hi + 1)))
 
 
@@ -323,57 +325,60 @@ def _function(
 
 @dataclass
 class Sums:
-    """Weighted sums over each group of its levels l and elements x, float32 (groups,)."""
+    """Weighted sums over each group of its codes and elements, float32 (groups,)."""
 
     w: Array
-    l: Array  # noqa: E741
-    ll: Array
+    c: Array
+    cc: Array
     x: Array
-    xl: Array
+    xc: Array
 
 
 class Elements:
     """Elements, float32 (group, groups), with weights of that shape or None.
 
     With `centred`, `mid` is subtracted from each group, which keeps small differences exact;
-    offsets passed here are then relative to it.
+    offsets are then relative to it.  Codes here are levels: the bias is subtracted.
     """
 
-    def __init__(self, x: Array, w: Array | None, centred: bool) -> None:
+    def __init__(self, x: Array, weights: Array | None, centred: bool = False) -> None:
         """Owns x, and changes it."""
         self.low, self.high = x.min(axis=0), x.max(axis=0)
         self.mid = np.zeros_like(self.low)
         if centred:
-            self.mid = (self.low + self.high) / 2
+            self.mid = self.low / 2 + self.high / 2
             x -= self.mid
             self.low, self.high = self.low - self.mid, self.high - self.mid
-        self.x, self.weights = x, w
-        self.xw = x if w is None else x * w
-        self.sum_w = np.full_like(self.mid, len(x)) if w is None else w.sum(axis=0)
-        self.sum_x = self.xw.sum(axis=0)
+        self.x, self.weights = x, weights
+        self.weighted = self._weigh(x)
+        self.sum_x = self.weighted.sum(axis=0)
+        one = np.ones_like(self.low)
+        self.sum_w = len(x) * one if weights is None else weights.sum(axis=0)
+
+    def _weigh(self, a: Array) -> Array:
+        return a if self.weights is None else a * self.weights
 
     def codes(self, levels: Levels, s: Array, o: Array | None) -> Array:
-        """The level of each element, float32, given scales and offsets (groups,)."""
+        """The level of each element, given scale and offset of each group."""
         inverse = _ratio(np.float32(1), s)
         y = self.x * inverse
         if o is not None:
             y -= o * inverse
         return levels.nearest(y)
 
-    def sums(self, l: Array) -> Sums:  # noqa: E741
-        """The sums for levels l."""
-        lw = l if self.weights is None else l * self.weights
-        dot = functools.partial(np.einsum, "ij,ij->j")
-        return Sums(self.sum_w, lw.sum(axis=0), dot(lw, l), self.sum_x, dot(self.xw, l))
+    def sums(self, codes: Array) -> Sums:
+        """The sums for these codes."""
+        weighted = self._weigh(codes)
+        cc, xc = (np.einsum("ij,ij->j", codes, a) for a in (weighted, self.weighted))
+        return Sums(self.sum_w, weighted.sum(axis=0), cc, self.sum_x, xc)
 
-    def error(self, l: Array, s: Array, o: Array | None) -> Array:  # noqa: E741
+    def error(self, codes: Array, s: Array, o: Array | None) -> Array:
         """Weighted squared error of each group."""
-        r = l * s
+        r = codes * s
         r -= self.x
         if o is not None:
             r += o
-        error: Array = np.einsum("ij,ij->j", r, r if self.weights is None else r * self.weights)
-        return error
+        return np.asarray(np.einsum("ij,ij->j", r, self._weigh(r)))
 
 
 def _ratio(a: Array | np.float32, b: Array) -> Array:
@@ -383,28 +388,260 @@ def _ratio(a: Array | np.float32, b: Array) -> Array:
     return quotient
 
 
+# ---- each group for itself ---------------------------------------------------------------------
+
+
 def _fit(
     elements: Elements, levels: Levels, signs: tuple[int, ...], with_offset: bool
-) -> tuple[Array, Array]:
-    """Scale and offset (groups,) of each group for itself, not yet rounded to what is stored."""
+) -> tuple[Array, Array | None]:
+    """Scale and offset of each group, before any rounding: float32 (groups,)."""
     scale, offset, most = (np.zeros_like(elements.mid) for _ in range(3))
-    starts = _both_ends(elements, levels) if with_offset else _one_end(elements, levels, signs)
-    for s, o in starts:
+    first = _both_ends(elements, levels) if with_offset else _far_end(elements, levels, signs)
+    for s, o in first:
         for _ in range(2):
-            sums = elements.sums(elements.codes(levels, s, o if with_offset else None))
-            s, o = _solve(sums, with_offset)  # noqa: PLW2901
-        explained = sums.xl * s + sums.x * o
+            sums = elements.sums(elements.codes(levels, s, o))
+            s, o = _solve(sums, with_offset)
+        explained = sums.xc * s
+        if o is not None:
+            explained += sums.x * o
         better = explained > most
-        for best, new in ((scale, s), (offset, o), (most, explained)):
-            np.copyto(best, new, where=better)
-    return scale, offset
+        np.copyto(most, explained, where=better)
+        np.copyto(scale, s, where=better)
+        if o is not None:
+            np.copyto(offset, o, where=better)
+    return scale, offset if with_offset else None
 
 
-def _one_end(
+def _far_end(
     elements: Elements, levels: Levels, signs: tuple[int, ...]
-) -> Iterator[tuple[Array, Array]]:
-    """Scales at which all elements lie in the range of the levels, but for the margin."""
-    zero = np.zeros_like(elements.mid)
+) -> Iterator[tuple[Array, Array | None]]:
+    """Scales that bring the element furthest out to a margin beyond the last level."""
     for sign in signs:
-        low, high = sorted((sign * elements.low, sign * elements.high), key=lambda a: -sign)[::-1]
-        yield zero, zero
+        low, high = (sign * end for end in (elements.low, elements.high)[::sign])
+        reach = np.zeros_like(low)
+        if levels.high > 0:
+            reach = np.maximum(reach, high / levels.high)
+        if levels.low < 0:
+            reach = np.maximum(reach, low / levels.low)
+        for margin in MARGINS:
+            yield reach * (sign / (1 + 2 * margin / (levels.steps + 1))), None
+
+
+def _both_ends(elements: Elements, levels: Levels) -> Iterator[tuple[Array, Array | None]]:
+    """Scales and offsets that bring both ends of a group to margins beyond the levels."""
+    step = levels.span / levels.steps
+    for below, above in itertools.product(MARGINS_BOTH_ENDS, repeat=2):
+        s = (elements.high - elements.low) / (levels.span + (below + above) * step)
+        yield s, elements.low - s * (levels.low - below * step)
+
+
+def _solve(sums: Sums, with_offset: bool) -> tuple[Array, Array | None]:
+    """Scale and offset of least squared error for given codes."""
+    if not with_offset:
+        return _ratio(sums.xc, sums.cc), None
+    det = sums.cc * sums.w - sums.c * sums.c
+    det[det < 1e-6 * sums.cc * sums.w] = 0  # all codes are equal: only the offset matters
+    s = _ratio(sums.xc * sums.w - sums.x * sums.c, det)
+    return s, _ratio(sums.x - s * sums.c, sums.w)
+
+
+# ---- what is stored ----------------------------------------------------------------------------
+
+
+class Stored:
+    """A factor in some blocks: a float for each unit, (units, 1), an integer for each group.
+
+    `at` are the integers, (units, groups of a unit), as positions in the factor's levels; `raw`
+    the floats that blocks hold; `floats`, float64, the same for elements times 2**-exponent.
+    """
+
+    def __init__(self, factor: Factor, exponent: Array) -> None:
+        self.factor, self.exponent = factor, exponent
+        self.raw = np.ones(exponent.shape)
+        self.floats = np.ldexp(self.raw, -exponent)
+        self.at = np.zeros(exponent.shape, np.intp)
+
+    def share(self, wanted: Array, weight: Array) -> None:
+        """Store values near `wanted`, (groups,), float32."""
+        levels = self.factor.levels
+        x, w = (a.reshape(len(self.floats), -1).T.copy() for a in (wanted, weight))
+        if len(levels.values) > 1:
+            floats, _ = _fit(Elements(x, w), levels, (1, -1), False)
+        else:
+            floats = _ratio((x * w).sum(axis=0), w.sum(axis=0) * np.float32(levels.low))
+        self.set_floats(floats[:, None])
+        self.set_integers(wanted)
+
+    def set_floats(self, wanted: Array) -> None:
+        """Round floats to their type; none becomes infinite, and none zero that is of any use."""
+        if self.factor.field is None:
+            return
+        dtype = np.dtype(NUMPY_STORAGE[self.factor.field.storage.name])
+        info = np.finfo(dtype)
+        exact = np.ldexp(wanted.astype(np.float64), self.exponent)
+        self.raw = np.clip(exact, info.min, info.max).astype(dtype)
+        lost = (self.raw == 0) & (np.abs(exact) > float(info.smallest_subnormal) / 64)
+        self.raw[lost] = np.copysign(info.smallest_subnormal, exact[lost])
+        self.floats = np.ldexp(self.raw.astype(np.float64), -self.exponent)
+
+    def set_integers(self, wanted: Array) -> None:
+        """Choose the integers that, with the present floats, come nearest to `wanted`."""
+        y = _ratio(wanted.reshape(len(self.floats), -1), self.floats)
+        self.at = self.factor.levels.position(y)
+
+    def values(self) -> Array:
+        """The factor of each group, float32 (groups,)."""
+        return (self.floats * self.factor.levels.values[self.at]).ravel().astype(np.float32)
+
+
+def _blocks(fmt: BlockFormat, plan: Plan, weights: Array | None, rows: Array) -> Array:
+    """Blocks, uint8 (n, bytes of a row), of finite rows (n, K)."""
+
+    def by_group(a: Array) -> Array:
+        return np.ascontiguousarray(a.reshape(-1, fmt.group).T)
+
+    units = rows.astype(np.float32).reshape(-1, fmt.block // plan.scale.floats)
+    exponent = np.frexp(np.abs(units).max(axis=1, keepdims=True))[1]
+    w = None if weights is None else by_group(np.broadcast_to(weights, rows.shape))
+    elements = Elements(by_group(np.ldexp(units, -exponent)), w, plan.offset is not None)
+
+    s, o = _fit(elements, plan.codes, plan.signs, plan.offset is not None)
+    codes = elements.codes(plan.codes, s, o)
+    scale, offset = Stored(plan.scale, exponent), None
+    if plan.offset is not None and o is not None:
+        offset = Stored(plan.offset, exponent)
+        offset.share(o + elements.mid, elements.sum_w)
+        rest = Elements(elements.x - (offset.values() - elements.mid), w)
+        s, _ = _fit(rest, plan.codes, plan.signs, False)
+        codes = rest.codes(plan.codes, s, None)
+    scale.share(s, elements.sums(codes).cc)
+    for _ in range(ROUNDS):
+        codes = _settle(elements, plan.codes, scale, offset)
+        _set_floats(elements, codes, scale, offset)
+    codes = _settle(elements, plan.codes, scale, offset)
+    return _encode(fmt, plan.codes, codes, scale, offset)
+
+
+def _present(
+    elements: Elements, scale: Stored, offset: Stored | None
+) -> tuple[Array, Array | None]:
+    """Scale and offset of each group as they are stored now."""
+    return scale.values(), None if offset is None else offset.values() - elements.mid
+
+
+def _settle(elements: Elements, levels: Levels, scale: Stored, offset: Stored | None) -> Array:
+    """Move integers to their best neighbours; returns the codes for what is then stored."""
+    parts = [scale] if offset is None else [scale, offset]
+    start, last = scale.at, len(scale.factor.levels.values) - 1
+    best, least = [part.at for part in parts], np.full_like(elements.mid, np.inf)
+    for move in (0, -1, 1) if scale.factor.integer else (0,):
+        scale.at = np.clip(start + move, 0, last)
+        s, o = _present(elements, scale, offset)
+        if offset is not None and offset.factor.integer:
+            sums = elements.sums(elements.codes(levels, s, o))
+            offset.set_integers(_ratio(sums.x - s * sums.c, sums.w) + elements.mid)
+            s, o = _present(elements, scale, offset)
+        error = elements.error(elements.codes(levels, s, o), s, o)
+        better = (error < least).reshape(start.shape)
+        best = [np.where(better, part.at, old) for part, old in zip(parts, best, strict=True)]
+        least = np.fmin(least, error)
+    for part, at in zip(parts, best, strict=True):
+        part.at = at
+    return elements.codes(levels, *_present(elements, scale, offset))
+
+
+def _set_floats(elements: Elements, codes: Array, scale: Stored, offset: Stored | None) -> None:
+    """Store the floats of least squared error for given codes and integers."""
+
+    def total(a: Array) -> Array:
+        return a.reshape(len(scale.at), -1).sum(axis=1, keepdims=True)
+
+    # x = d * (m * code) + q * k, with m and k known for each group, d and q wanted for each unit
+    sums, mid = elements.sums(codes), elements.mid.astype(np.float64)
+    m = scale.factor.levels.values[scale.at].ravel()
+    dd, dx = total(m * m * sums.cc), total(m * (sums.xc + mid * sums.c))
+    if offset is None:
+        scale.set_floats(_ratio(dx, dd))
+        return
+    k = offset.factor.levels.values[offset.at].ravel()
+    dq, qq = total(m * k * sums.c), total(k * k * sums.w)
+    qx = total(k * (sums.x + mid * sums.w))
+    det = dd * qq - dq * dq
+    solvable = (det > 1e-9 * dd * qq) & (offset.factor.field is not None)
+    alone = _ratio(dx - offset.floats * dq, dd)
+    scale.set_floats(np.where(solvable, _ratio(dx * qq - qx * dq, det), alone))
+    offset.set_floats(_ratio(qx - scale.floats * dq, qq))
+
+
+def _encode(
+    fmt: BlockFormat, levels: Levels, codes: Array, scale: Stored, offset: Stored | None
+) -> Array:
+    """Blocks, uint8 (n, nbytes), that hold these codes and factors."""
+    stored = levels.stored[levels.position(codes)].T.reshape(-1, fmt.block)
+    ints = {name: np.zeros((len(stored), fmt.groups), np.int64) for name in fmt.ints}
+    fields: dict[str, Array] = {}
+    for part in [scale] if offset is None else [scale, offset]:
+        factor = part.factor
+        if factor.field is not None:
+            fields[factor.field.name] = part.raw.reshape(len(stored), -1)
+        if factor.integer is not None:
+            values = factor.levels.stored[part.at].reshape(len(stored), -1)
+            (ints if factor.integer in ints else fields)[factor.integer] = values
+    return encode(fmt, stored, ints, fields)
+
+
+# ---- formats that store floats -----------------------------------------------------------------
+
+
+def _converter(fmt: BlockFormat) -> Convert:
+    """The function from rows (n, K) to their bytes, for a format whose codes are its values."""
+    code = fmt.code_expr(var("i", fmt.block))
+    leaves = list(dict.fromkeys(_leaves(code)))
+    simple = len(leaves) == len(fmt.fields) == 1 and leaves[0].op == "load"
+    if simple:
+        at = evaluate(leaves[0].args[0], {"i": np.arange(fmt.block)})
+        lo, hi = interval(leaves[0]) if leaves[0].dtype is not F32 else (0, 0)
+        simple = bool((at == np.arange(fmt.block)).all()) and hi - lo < 65536
+    if not simple or fmt.scale is not None or fmt.offset is not None or fmt.bias:
+        raise FormatError(
+            f"format {fmt.name} has no quantizer: where codes are floats, they must be read from"
+            " elements 0, 1, ... of its only field, of at most 16 bits if it is an integer field,"
+            " and used without scale, bias and offset"
+        )
+    field = leaves[0].attr
+    if leaves[0] is code:
+        dtype = NUMPY_STORAGE[leaves[0].attr.storage.name]
+        to_stored: Convert = functools.partial(np.ndarray.astype, dtype=dtype)
+    else:
+        patterns = np.arange(lo, hi + 1)
+        plain = substitute(code, {leaves[0]: cast(leaves[0].dtype, var("p", hi - lo + 1) + lo)})
+        to_stored = _rounding(evaluate(plain, {"p": patterns - lo}).astype(np.float64), patterns)
+    name = leaves[0].attr.name
+    return lambda rows: fmt.join({name: to_stored(rows.reshape(-1, fmt.block))})
+
+
+def _rounding(values: Array, patterns: Array) -> Convert:
+    """The function from floats to the patterns of the nearest values, ties to even patterns."""
+    positive_nans = patterns[np.isnan(values) & ~np.signbit(values)]
+    order = np.lexsort((~np.signbit(values), values))[: np.count_nonzero(~np.isnan(values))]
+    v, p = values[order], patterns[order]
+    for end, one, two in ((0, 1, 2), (-1, -2, -3)):
+        if np.isinf(v[end]):  # rounding treats infinity as the next number
+            v[end] = 2 * v[one] - v[two]
+    # the last x that goes down to v[j]: below the middle, or on it if p[j] is even; -0 is below 0
+    middles = _ordinal(v[1:] / 2 + v[:-1] / 2)
+    limits = np.minimum(middles - (p[:-1] & 1), _ordinal(v[1:]) - 1)
+
+    def convert(x: Array) -> Array:
+        found = p[np.searchsorted(limits, _ordinal(x))]
+        if len(positive_nans):
+            found[np.isnan(x)] = positive_nans[len(positive_nans) // 2]  # quiet in IEEE formats
+        return found
+
+    return convert
+
+
+def _ordinal(x: Array) -> npt.NDArray[np.int64]:
+    """Integers in the order of the floats."""
+    bits = x.astype(np.float64).view(np.int64)
+    return bits ^ ((bits >> 63) & np.int64(2**63 - 1))

@@ -208,29 +208,28 @@ class QuantTensor:
 
 
 def quantize(
-    x: Array,
+    x: npt.ArrayLike,
     fmt: str | BlockFormat,
-    importance: Array | None = None,
-    progress: Callable[..., Any] | None = None,
+    importance: npt.ArrayLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
 ) -> QuantTensor:
     """`x`, floats (..., K), in format `fmt`: a tensor of the same shape.
 
     importance  float (K,), the weight of each column's squared error; all equal by default
-    progress    told how far the work is (see kernelgen.quantizer.quantize)
-    threads     threads to use; all by default
+    progress    called with (rows done, all rows) now and then
+    threads     threads to use; one per CPU by default
 
-    Raises FormatError where K is not a multiple of the format's block, ShapeError for x without
-    dimensions.
+    Raises FormatError where K is not a multiple of the format's block, ShapeError where x or
+    importance is empty, not of floats, or not finite (see kernelgen.quantizer.quantize).
     """
     from kernelgen import quantizer  # only those who quantize pay for its import
 
     target = _as_format(fmt)
     values = np.asarray(x)
     shape = _as_shape(target, values.shape)
-    flat = values.reshape(math.prod(shape[:-1]), shape[-1])
     data = quantizer.quantize(
-        flat, target, importance=importance, progress=progress, threads=threads
+        values, target, importance=importance, progress=progress, threads=threads
     )
     return QuantTensor(target, shape, data)
 

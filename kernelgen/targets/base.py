@@ -50,6 +50,9 @@ class Walk:
     template   file under the target's templates
     config     what it leaves open
     arguments  of the entry point
+    symbols    what the shapes' names mean that are not size arguments, in words of the sizes
+    grid       how many groups of how many threads a launch takes; "" where a call is a launch
+    features   of the device that it cannot do without
     applies    why a format cannot take this walk, or None
     contract   whether a*b + c may be rounded once (the result must not be bit-exact)
     """
@@ -60,6 +63,9 @@ class Walk:
     template: str
     config: type[Config]
     arguments: tuple[Argument, ...]
+    symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
+    grid: str = ""
+    features: tuple[str, ...] = ()
     applies: Callable[[BlockFormat], str | None] = lambda fmt: None
     contract: bool = True
 
@@ -195,6 +201,7 @@ class Target:
     suffix         of its source files
     dialects       by the name under which templates print expressions
     capabilities   that default configurations assume where no device is asked
+    indexes        (template, file) of what is written once for all kernels of a build
     support_files  files of the target's folder that every kernel of it includes
     globals        what its templates may call besides
     reserved       names that a format's fields must not have in its source
@@ -207,6 +214,7 @@ class Target:
     walks: tuple[Walk, ...]
     dialects: Mapping[str, Dialect]
     capabilities: Capabilities
+    indexes: tuple[tuple[str, str], ...] = ()
     support_files: tuple[str, ...] = ()
     how: str = "run"
     globals: Mapping[str, Any] = field(default_factory=dict)

@@ -5,11 +5,18 @@ from __future__ import annotations
 from kernelgen.config import Capabilities, NoConfig, RowTileConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Field
-from kernelgen.targets.base import Argument, Target, Walk
+from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c.dialect import ROWS, SCALAR
 
 _SIZES = tuple(Argument(name, "size", "i64") for name in ("M", "N", "K"))
-_WEIGHTS = Argument("w", "in", "u8", ("N_TILES", "ROW_BYTES"))
+_WEIGHTS = Argument("w", "in", "u8", ("TILED_ROWS", "ROW_BYTES"))
+_SYMBOLS = {
+    "ROW_BYTES": "K / block * block_bytes",
+    "TILED_ROWS": "N rounded up to whole tiles of LANES rows; <prepare>_bytes(N, K) / ROW_BYTES",
+    "SCRATCH_BYTES": "<entry>_scratch(M, K)",
+    "BLOCKS": "K / block",
+    "GROUPS": "K / group",
+}
 
 
 #: what C and the templates call something; a format's field of that name gets an underscore
@@ -47,6 +54,7 @@ def _matmul(op: str, precision: str) -> Walk:
             *(scratch if precision == "int8" else ()),
             *_SIZES,
         ),
+        symbols=_SYMBOLS,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
     )
 
@@ -54,6 +62,19 @@ def _matmul(op: str, precision: str) -> Walk:
 def _element_type(one: Field) -> str:
     """What a pointer to a field points at, in code that reads native blocks."""
     return {"i8": "int8_t", "u8": "uint8_t"}.get(one.storage.name, "uint8_t")
+
+
+_C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i64": "int64_t"}
+
+
+def _parameters(kernel: Kernel) -> str:
+    """The parameter list of a kernel's prototype."""
+    parts = []
+    for one in kernel.arguments:
+        pointer = "" if one.role == "size" else "*"
+        const = "const " if one.role == "in" else ""
+        parts.append(f"{const}{_C_TYPES[one.dtype]} {pointer}{one.name}")
+    return ", ".join(parts)
 
 
 TARGET = Target(
@@ -64,8 +85,8 @@ TARGET = Target(
         Walk(
             "blocks", "dequantize", "", "dequantize.c.j2", NoConfig,
             (
-                Argument("w", "in", "u8", ("COUNT", "BLOCK_BYTES")),
-                Argument("y", "out", "f32", ("COUNT", "BLOCK")),
+                Argument("w", "in", "u8", ("COUNT", "block_bytes")),
+                Argument("y", "out", "f32", ("COUNT", "block")),
                 Argument("COUNT", "size", "i64"),
             ),
             contract=False,
@@ -75,11 +96,12 @@ TARGET = Target(
             (
                 Argument("x", "in", "f32", ("M", "K")),
                 Argument("q", "out", "i8", ("M", "K")),
-                Argument("d", "out", "f32", ("M", "K/ACT")),
-                Argument("s", "out", "f32", ("M", "K/GROUP")),
+                Argument("d", "out", "f32", ("M", "BLOCKS")),
+                Argument("s", "out", "f32", ("M", "GROUPS")),
                 Argument("M", "size", "i64"),
                 Argument("K", "size", "i64"),
             ),
+            symbols=_SYMBOLS,
             applies=_integer_codes,
             contract=False,
         ),
@@ -91,17 +113,19 @@ TARGET = Target(
             "interleave", "prepare", "", "prepare.c.j2", NoConfig,
             (
                 Argument("w", "in", "u8", ("N", "ROW_BYTES")),
-                Argument("tiles", "out", "u8", ("N_TILES", "ROW_BYTES")),
+                Argument("tiles", "out", "u8", ("TILED_ROWS", "ROW_BYTES")),
                 Argument("N", "size", "i64"),
                 Argument("K", "size", "i64"),
             ),
+            symbols=_SYMBOLS,
         ),
     ),
     dialects={"scalar": SCALAR, "rows": ROWS},
     capabilities=Capabilities(lanes=8, registers=16),
+    indexes=(("kernelgen.h.j2", "kernelgen.h"),),
     support_files=(
         "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
     ),
-    globals={"element_type": _element_type},
+    globals={"element_type": _element_type, "parameters": _parameters},
     reserved=_RESERVED,
 )  # fmt: skip

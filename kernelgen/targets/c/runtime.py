@@ -210,15 +210,15 @@ class CProgram:
         self.function.argtypes = [
             ctypes.c_int64 if a.role == "size" else ctypes.c_void_p for a in kernel.arguments
         ]
-        self._scratch = None
-        if any(a.role == "scratch" for a in kernel.arguments):
-            self._scratch = getattr(library, f"{kernel.entry}_scratch")
-            self._scratch.restype = ctypes.c_int64
-            self._scratch.argtypes = [ctypes.c_int64, ctypes.c_int64]
+        self.library = library
+        self._entry = kernel.entry
 
-    def scratch_bytes(self, m: int, k: int) -> int:
-        """Bytes of scratch memory for M rows of K activations; 0 where none is needed."""
-        return int(self._scratch(m, k)) if self._scratch is not None else 0
+    def size(self, what: str, *sizes: int) -> int:
+        """What the function `<entry>_<what>` beside the entry point says of these sizes."""
+        function = getattr(self.library, f"{self._entry}_{what}")
+        function.restype = ctypes.c_int64
+        function.argtypes = [ctypes.c_int64] * len(sizes)
+        return int(function(*sizes))
 
     def __call__(self, *arguments: Array | int) -> None:
         """Arrays must be C-contiguous and of the manifest's dtypes."""
@@ -295,9 +295,9 @@ class CRuntime:
 
     def _interleave(self, kernel: Kernel, w: Weights) -> Array:
         n, k = w.shape
-        lanes = self.isa.capabilities.lanes
-        tiles = np.empty(-(-n // lanes) * lanes * w.format.row_bytes(k), np.uint8)
-        self.program(kernel)(w.data, tiles, n, k)
+        program = self.program(kernel)
+        tiles = np.empty(program.size("bytes", n, k), np.uint8)
+        program(w.data, tiles, n, k)
         return tiles
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
@@ -312,9 +312,12 @@ class CRuntime:
 
             return run
 
+        program.size("scratch", 1, kernel.format.block)  # sets the types of what follows
+        scratch_bytes = getattr(program.library, f"{kernel.entry}_scratch")
+
         def run_with_scratch(x: Array, w: Weights, y: Array) -> None:
             (m, k), n = x.shape, w.shape[0]
-            scratch = np.empty(program.scratch_bytes(m, k), np.uint8)
+            scratch = np.empty(scratch_bytes(m, k), np.uint8)
             function(
                 _address(x), _address(prepare(kernel, w)), _address(y), _address(scratch), m, n, k
             )

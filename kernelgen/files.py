@@ -1,0 +1,111 @@
+"""Kernels as files: what `kernelgen build` writes, and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from kernelgen.errors import FileError, TargetError
+from kernelgen.generate import generate, render_index
+from kernelgen.ir.block import BlockFormat
+from kernelgen.problem import tolerance
+from kernelgen.targets.base import OPS, Kernel, Target
+
+
+def kernels(
+    target: Target, formats: Iterable[BlockFormat], ops: Iterable[str] = OPS
+) -> Iterator[Kernel]:
+    """The kernels of a target in their default configurations, for these formats and ops."""
+    wanted = tuple(ops)
+    for fmt in formats:
+        for op, precision in dict.fromkeys((w.op, w.precision) for w in target.walks):
+            if op not in wanted:
+                continue
+            try:
+                yield generate(op, fmt, target, precision=precision)
+            except TargetError:
+                continue  # not every format has every precision; `kernelgen list` says why
+
+
+def file_name(kernel: Kernel, target: Target) -> str:
+    """Name of a kernel's source file."""
+    parts = (kernel.op, kernel.format.name, kernel.precision)
+    return "_".join(p for p in parts if p) + target.suffix
+
+
+def contents(target: Target, made: list[Kernel]) -> dict[str, str]:
+    """Every file of a build by name, text as it is written."""
+    folder = files(f"kernelgen.targets.{target.name}")
+    result = {name: (folder / name).read_text("utf-8") for name in target.support_files}
+    result |= {file_name(k, target): k.source for k in made}
+    result |= {name: render_index(template, target, made) for template, name in target.indexes}
+    result["manifest.json"] = _manifest(target, made)
+    return result
+
+
+def _manifest(target: Target, made: list[Kernel]) -> str:
+    entries = [_entry(k, target) for k in made]
+    data = {"target": target.name, "how": target.how, "kernels": entries}
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
+    """What a host needs to launch a kernel, as plain data."""
+    fmt = kernel.format
+    return {
+        "op": kernel.op, "format": fmt.name, "precision": kernel.precision,
+        "block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes,
+        "walk": kernel.walk.name, "config": kernel.config.as_dict(), "hash": kernel.hash,
+        "file": file_name(kernel, target), "entry": kernel.entry,
+        "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
+        "symbols": dict(kernel.walk.symbols), "grid": kernel.walk.grid,
+        "features": list(kernel.walk.features),
+        "prepare": kernel.prepare.entry if kernel.prepare else None,
+        "tolerance": tolerance(kernel.op), "notes": list(kernel.notes),
+    }  # fmt: skip
+
+
+def build(
+    target: Target,
+    out: Path,
+    formats: Iterable[BlockFormat],
+    ops: Iterable[str] = OPS,
+    *,
+    check: bool = False,
+) -> list[Path]:
+    """Write the kernels of a target into `out`/<target name>, and return the files that changed.
+
+    With `check` nothing is written: what is returned is missing, stale, or should not be there.
+    """
+    folder = out / target.name
+    wanted = contents(target, list(kernels(target, formats, ops)))
+    changed = [
+        folder / name for name, text in wanted.items() if _read(folder / name) != text
+    ]
+    if check:
+        present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        return sorted(changed + [folder / name for name in present - set(wanted)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in changed:
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial.write_text(wanted[path.name], "utf-8", newline="\n")
+            partial.replace(path)
+    except OSError as error:
+        raise FileError(
+            f"kernels could not be written to {folder}: {error.strerror};"
+            " choose another folder with --out"
+        ) from error
+    return sorted(changed)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None

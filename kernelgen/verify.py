@@ -1,0 +1,216 @@
+"""Runs kernels against the numpy reference: what `kernelgen verify` does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.config import Config
+from kernelgen.errors import FormatError, KernelgenError, TargetError
+from kernelgen.generate import generate
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops import matmul, quantize_activations
+from kernelgen.problem import MATVEC_ROWS, relative_error, tolerance
+from kernelgen.targets.base import Kernel, Runtime, Target, Walk
+from kernelgen.tensor import QuantTensor
+
+Array = npt.NDArray[Any]
+
+#: ops that have a result of their own; `prepare` is seen through the matmuls
+OPS = ("dequantize", "quantize", "matvec", "matmul")
+
+#: (M, N) for each op: one row, and sizes that no tile divides
+_SHAPES = {
+    "dequantize": ((1, 5),),
+    "quantize": ((1, 1), (3, 1)),
+    "matvec": ((1, 1), (1, 37), (3, 64), (MATVEC_ROWS, 5)),
+    "matmul": ((MATVEC_ROWS + 1, 37), (21, 3)),
+}
+
+#: how much more error int8 activations may add than the format itself has
+_INT8_SLACK = 1.25
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one kernel.
+
+    error, bound    largest error of all cases relative to the reference's RMS, and what is allowed
+    added, own      RMS error that int8 activations add, and that of the format, against float64
+    problem         why it failed or could not run; None where it passed
+    """
+
+    target: str
+    op: str
+    format: str
+    precision: str
+    how: str
+    config: dict[str, Any]
+    cases: int
+    error: float
+    bound: float
+    added: float | None
+    own: float | None
+    problem: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the kernel passed."""
+        return self.problem is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return asdict(self) | {"ok": self.ok}
+
+
+def verify(
+    target: Target,
+    formats: Iterable[BlockFormat],
+    ops: Iterable[str] = OPS,
+    *,
+    runtime: Runtime | None = None,
+    all_configs: bool = False,
+) -> Iterator[Result]:
+    """Run every kernel of a target in its default configuration, or in every legal one.
+
+    Raises TargetError where the target cannot run here at all.
+    """
+    reach = runtime or target.runtime()
+    reason = reach.available()
+    if reason is not None:
+        raise TargetError(f"target {target.name} cannot run here: {reason}")
+    wanted = tuple(ops)
+    for fmt in formats:
+        for one in target.walks:
+            if one.op in wanted and one.op in OPS and one.applies(fmt) is None:
+                for config in _configs(one, reach, all_configs):
+                    yield _one(target, reach, fmt, one, config)
+
+
+def _configs(one: Walk, runtime: Runtime, every: bool) -> Iterator[Config]:
+    caps = runtime.capabilities()
+    if not every:
+        yield one.config.default(caps)
+        return
+    yield from (c for c in one.config.space() if c.legal(caps) is None)
+
+
+def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: Config) -> Result:
+    errors: list[float] = []
+    added = own = None
+    problem = None
+    bound = tolerance(one.op)
+    try:
+        kernel = generate(one.op, fmt, target, config, one.precision)
+        errors = [check(kernel, runtime, m, n, k) for m, n, k in cases(one.op, fmt)]
+        if max(errors) > bound:
+            problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
+        if one.precision == "int8" and one.op in ("matvec", "matmul"):
+            added, own = int8_errors(kernel, runtime)
+            if problem is None and added > _INT8_SLACK * own:
+                problem = f"int8 activations add {added:.3g}, the format itself has {own:.3g}"
+    except KernelgenError as error:
+        problem = str(error)
+    return Result(
+        target.name, one.op, fmt.name, one.precision, target.how, config.as_dict(), len(errors),
+        max(errors, default=float("inf")), bound, added, own, problem,
+    )  # fmt: skip
+
+
+def cases(op: str, fmt: BlockFormat) -> Iterator[tuple[int, int, int]]:
+    """Shapes (M, N, K): K of one block, of an odd number of blocks, and of many elements."""
+    many = max(3, -(-1536 // fmt.block)) * fmt.block
+    for m, n in _SHAPES[op]:
+        for k in dict.fromkeys((fmt.block, 3 * fmt.block, many)):
+            yield m, n, k
+
+
+def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
+    """`relative_error` of one run of a kernel on sample data of that shape."""
+    fmt = kernel.format
+    if kernel.op == "dequantize":
+        w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
+        return relative_error(runtime.dequantize(kernel, w), w.dequantize())
+    x = activations(m, k)
+    if kernel.op == "quantize":
+        got, want = runtime.quantize(kernel, x), quantize_activations(x, fmt.block, fmt.group)
+        pairs = ((got.q, want.q), (got.scale, want.scale), (got.sums, want.sums))
+        return max(relative_error(a, b) for a, b in pairs)
+    w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k))
+    seen = x
+    if kernel.precision == "int8":
+        seen = quantize_activations(x, fmt.block, fmt.group).values()
+    y = np.full((m, n), np.nan, np.float32)  # what is not written stays visible
+    runtime.matmul(kernel)(x, w, y)
+    return relative_error(y, matmul(seen, w.dequantize()))
+
+
+def int8_errors(kernel: Kernel, runtime: Runtime) -> tuple[float, float]:
+    """RMS errors relative to the exact product: what int8 activations add, what the format has.
+
+    On standard-normal weights and activations.
+    """
+    fmt = kernel.format
+    m = 4 if kernel.op == "matvec" else 16
+    n, k = 64, max(1024, fmt.block)
+    exact = _normal(n, k, 7)
+    w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k, exact))
+    x = _normal(m, k, 8)
+    y = np.full((m, n), np.nan, np.float32)
+    runtime.matmul(kernel)(x, w, y)
+    same_weights = matmul(x, w.dequantize())
+    rms = float(np.sqrt(np.mean(np.square(same_weights))))
+    added = float(np.sqrt(np.mean(np.square(y - same_weights)))) / rms
+    own = float(np.sqrt(np.mean(np.square(same_weights - matmul(x, exact))))) / rms
+    return added, own
+
+
+def _normal(rows: int, k: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((rows, k), np.float32)
+
+
+def activations(m: int, k: int) -> Array:
+    """Rows of activations, float32 (M, K): normal, and from the second on one of zeros, one of
+    large and one of small numbers."""
+    x = _normal(m, k, m + k)
+    for row, factor in ((1, 0.0), (2, 1e4), (3, 1e-6)):
+        if row < m:
+            x[row] *= np.float32(factor)
+    return x
+
+
+@functools.lru_cache(maxsize=256)
+def random_blocks(fmt: BlockFormat, n: int, k: int) -> Array:
+    """Random bytes as blocks, uint8 (N, row_bytes), with finite floats in their float fields."""
+    rng = np.random.default_rng(n + k)
+    blocks = rng.integers(0, 256, (n * (k // fmt.block), fmt.nbytes), np.uint8)
+    fields = fmt.split(blocks)
+    for one in fmt.layout_fields:
+        if one.storage.name in ("f16", "f32"):
+            fields[one.name] = rng.uniform(-1, 1, fields[one.name].shape)
+    return fmt.join(fields).reshape(n, -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _sample(fmt: BlockFormat, n: int, k: int) -> Array:
+    return sample_weights(fmt, n, k, _normal(n, k, n * k))
+
+
+def sample_weights(fmt: BlockFormat, n: int, k: int, exact: Array | None = None) -> Array:
+    """Blocks, uint8 (N, row_bytes), of normal weights; of random bytes where the format has no
+    quantizer."""
+    from kernelgen import quantizer
+
+    if exact is None:
+        return _sample(fmt, n, k)
+    try:
+        return quantizer.quantize(exact, fmt)
+    except FormatError:
+        return random_blocks(fmt, n, k)
+
+
