@@ -12,9 +12,11 @@ _HOME = {
     "QuantTensor": "kernelgen.tensor",
     "BlockFormat": "kernelgen.ir.block",
     "KernelgenError": "kernelgen.errors",
+    "ir": "kernelgen.ir",
+    "targets": "kernelgen.targets",
     **dict.fromkeys(
         ("dequantize", "formats", "kernel", "matmul", "open", "prepare", "quantize",
-         "register_format", "save", "source", "targets", "unregister_format"),
+         "register_format", "save", "source", "unregister_format"),
         "kernelgen.api",
     ),
 }  # fmt: skip
@@ -22,6 +24,7 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
+    from kernelgen import ir, targets  # noqa: F401
     from kernelgen.api import (  # noqa: F401
         dequantize,
         formats,
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
         register_format,
         save,
         source,
-        targets,
         unregister_format,
     )
     from kernelgen.errors import KernelgenError  # noqa: F401
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'kernelgen' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -34,11 +34,6 @@ def formats() -> list[str]:
     return [f.name for f in format_list.formats()]
 
 
-def targets() -> list[str]:
-    """Names of all targets."""
-    return list(target_list.NAMES)
-
-
 def register_format(fmt: BlockFormat) -> BlockFormat:
     """Make a format known by its name to every op, target and command."""
     return format_list.register(fmt)
@@ -224,5 +219,5 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
 
 __all__ = [
     "default_target", "dequantize", "formats", "kernel", "matmul", "open", "prepare", "quantize",
-    "register_format", "save", "source", "targets", "unregister_format",
+    "register_format", "save", "source", "unregister_format",
 ]  # fmt: skip

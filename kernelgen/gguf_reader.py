@@ -65,7 +65,7 @@ class GuardedReader(gguf.GGUFReader):
         if missing:
             raise FileError(
                 f"the installed gguf package has no GGUFReader.{missing[0]}, which kernelgen"
-                " guards against damaged files; install gguf 0.19"
+                " guards against damaged files; install gguf 0.18 or 0.19"
             )
         self._names: set[str] = set()
         self._listed = 0

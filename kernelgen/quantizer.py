@@ -75,26 +75,29 @@ def quantize(
     FormatError  scale, offset or codes of the format are stored in a way not known here
     """
     rows = _rows(x, fmt)
-    k = rows.shape[-1]
-    work: Convert
+    weights = _weights(importance, rows.shape[1])
+    convert: Convert
     if fmt.float_codes and code_table(fmt) is None:
-        work = _converter(fmt)
+        convert = _converter(fmt)
     else:
         _check_finite(rows)
-        work = functools.partial(_blocks, fmt, plan_of(fmt), _weights(importance, k))
-    out = np.empty((len(rows), fmt.row_bytes(k)), np.uint8)
-    step = max(1, CHUNK // k)
+        convert = functools.partial(_blocks, fmt, plan_of(fmt), weights)
+    out = np.empty((len(rows), fmt.row_bytes(rows.shape[1])), np.uint8)
+    step = max(1, CHUNK // rows.shape[1])
 
     def run(start: int) -> int:
+        part = slice(start, min(start + step, len(rows)))
         with np.errstate(all="ignore"):
-            part = rows[start : start + step]
-            out[start : start + step] = work(part).reshape(len(part), -1)
-        return min(start + step, len(rows))
+            out[part] = convert(rows[part]).reshape(out[part].shape)
+        return int(part.stop)
 
-    with ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1))
+    try:
         for done in pool.map(run, range(0, len(rows), step)):
             if progress is not None:
                 progress(done, len(rows))
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is left when one fails or the user interrupts
     return out.reshape(*np.shape(x)[:-1], -1)
 
 
@@ -118,19 +121,19 @@ def _rows(x: npt.ArrayLike, fmt: BlockFormat) -> Array:
 
 
 def _check_finite(rows: Array) -> None:
-    count, first = 0, None
+    limit = np.finfo(np.float32).max
     step = max(1, CHUNK // rows.shape[1])
-    with np.errstate(all="ignore"):
-        for start in range(0, len(rows), step):
-            bad = ~np.isfinite(rows[start : start + step].astype(np.float32, copy=False))
-            found = np.count_nonzero(bad)
-            if found and first is None:
-                first = start + int(bad.argmax()) // rows.shape[1], int(bad.argmax()) % rows.shape[1]
-            count += found
-    if first is not None:
+    count, first = 0, ""
+    for start in range(0, len(rows), step):
+        bad = np.argwhere(~(np.abs(rows[start : start + step]) <= limit))
+        if len(bad) and not count:
+            row, column = start + bad[0][0], bad[0][1]
+            first = f"{rows[row, column]} in row {row}, column {column}"
+        count += len(bad)
+    if count:
         raise ShapeError(
-            f"{count} of {rows.size} values are not finite in float32, the first of them"
-            f" {rows[first]} in row {first[0]}, column {first[1]}; replace them before quantizing"
+            f"{count} of {rows.size} values are not finite in float32, the first is {first};"
+            " replace them before quantizing"
         )
 
 
@@ -231,15 +234,31 @@ def plan_of(fmt: BlockFormat) -> Plan:
     scale = _factor(fmt, "scale", fmt.scale_expr(g))
     offset = None if fmt.offset is None else _factor(fmt, "offset", fmt.offset_expr(g))
     codes = _codes(fmt)
+    if offset is not None and (shift := _multiple(offset, scale)) is not None:
+        codes, offset = Levels(codes.values + shift, codes.stored), None
     if offset is not None:
-        same = {offset.field, offset.integer} & {scale.field, scale.integer} - {None}
-        if same or offset.floats != scale.floats:
-            why = f"both read {same.pop()}" if same else "are shared by different groups"
-            raise FormatError(f"format {fmt.name} has no quantizer: its scale and offset {why}")
+        read = {scale.field, scale.integer} - {None}
+        if offset.floats != scale.floats or read & {offset.field, offset.integer}:
+            raise FormatError(
+                f"format {fmt.name} has no quantizer, because its offset reads what its scale"
+                " reads, or is shared by other groups; it may be a multiple of the scale, or have"
+                " a float of its own for the same groups"
+            )
     alone = scale.field is not None and scale.floats == fmt.groups
     either = offset is None and (alone or scale.levels.low < 0)
     signs = (1, -1) if either and codes.low != -codes.high else (1,)
     return Plan(codes, scale, offset, signs)
+
+
+def _multiple(offset: Factor, scale: Factor) -> float | None:
+    """The number that always is offset / scale: a bias, written otherwise.  None if it varies."""
+    if (offset.field, offset.integer) != (scale.field, scale.integer):
+        return None
+    o, s = (f.levels.values[np.argsort(f.levels.stored)] for f in (offset, scale))
+    if len(o) != len(s):
+        return None
+    ratio = float(o[np.abs(s).argmax()] / np.abs(s).max())
+    return ratio if np.allclose(o, ratio * s) else None
 
 
 def _codes(fmt: BlockFormat) -> Levels:
@@ -260,36 +279,27 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
     leaves = list(dict.fromkeys(_leaves(expr)))
     floats = [leaf for leaf in leaves if leaf.dtype is F32]
     integers = [leaf for leaf in leaves if leaf.dtype is not F32]
-
-    def unknown(why: str) -> FormatError:
-        return FormatError(
-            f"format {fmt.name} has no quantizer, because its {what} {why}; known are a float"
-            " field, a function of one integer of the group, and their product"
-        )
-
-    def elements(leaf: Expr, count: int) -> bool:
-        """Whether groups in order read elements 0 ... count-1 in order, equally many each."""
-        at = evaluate(leaf.args[-1], {"g": np.arange(fmt.groups)})
-        return fmt.groups % count == 0 and bool((at == np.arange(fmt.groups) * count // fmt.groups).all())
-
-    if len(floats) > 1 or len(integers) > 1:
-        raise unknown("reads " + " and ".join(map(str, leaves)))
     field: Field | None = floats[0].attr if floats else None
     count = field.count if field else fmt.groups
-    if field and not elements(floats[0], count):
-        raise unknown(f"does not use the elements of {field.name} evenly and in order")
-    lo, hi, integer = 0, 0, None
+    lo, hi = interval(integers[0]) if integers else (0, 0)
+
+    known = len(floats) < 2 and len(integers) < 2 and hi - lo < 1 << 16
+    known = known and all(_in_order(leaf, fmt.groups, count) for leaf in floats)
+    known = known and all(_in_order(leaf, fmt.groups, fmt.groups) for leaf in integers)
+    if known:
+        of_one, of_three = (_by_integer(fmt, expr, leaves, x, lo, hi) for x in (1.0, -3.0))
+        known = all(np.array_equal(row, of_one[0], equal_nan=True) for row in of_one)
+        known = known and (field is None or np.allclose(of_three, -3 * of_one, atol=0))
+    if not known:
+        raise FormatError(
+            f"format {fmt.name} has no quantizer, because its {what} of group g, {expr}, is not a"
+            " float field with as many groups for each element, in order, nor a function of one"
+            " integer of the group, nor their product"
+        )
+    name = None
     if integers:
-        lo, hi = interval(integers[0])
-        integer = integers[0].attr if integers[0].op == "named" else integers[0].attr.name
-        if not elements(integers[0], fmt.groups) or hi - lo > 65535:
-            raise unknown(f"reads {integers[0]}, which is not a small integer of each group")
-    one, three = (_function(fmt, expr, leaves, value, (lo, hi)) for value in (1.0, -3.0))
-    if one is None or three is None:
-        raise unknown("differs between groups in more than the fields it reads")
-    if field and not np.allclose(three, -3 * one, rtol=1e-6, atol=0):
-        raise unknown(f"is not proportional to {field.name}")
-    return Factor(field, count, integer, Levels(one, np.arange(lo, hi + 1)))
+        name = integers[0].attr if integers[0].op == "named" else integers[0].attr.name
+    return Factor(field, count, name, Levels(of_one[0], np.arange(lo, hi + 1)))
 
 
 def _leaves(expr: Expr) -> Iterator[Expr]:
@@ -301,23 +311,23 @@ def _leaves(expr: Expr) -> Iterator[Expr]:
             yield from _leaves(arg)
 
 
-def _function(
-    fmt: BlockFormat, expr: Expr, leaves: list[Expr], value: float, limits: tuple[int, int]
-) -> Array | None:
-    """`expr` with floats set to `value`, for each integer lo ... hi; None if groups differ."""
-    lo, hi = limits
-    integer = var("integer", hi - lo + 1) + lo
-    stand_in = {
-        leaf: const(value, F32) if leaf.dtype is F32 else cast(leaf.dtype, integer)
-        for leaf in leaves
-    }
-    plain = substitute(expr, stand_in)
-    integers = np.arange(hi - lo + 1)
-    first, *others = (
-        np.broadcast_to(evaluate(plain, {"integer": integers, "g": g}), integers.shape)
-        for g in range(fmt.groups)
-    )
-    return first if all(np.array_equal(first, o, equal_nan=True) for o in others) else None
+def _in_order(leaf: Expr, readers: int, count: int, variable: str = "g") -> bool:
+    """Whether consecutive readers read elements 0 ... count-1, equally many each."""
+    each = np.arange(readers)
+    at = evaluate(leaf.args[-1], {variable: each})
+    return readers % count == 0 and bool((at == each // (readers // count)).all())
+
+
+def _by_integer(
+    fmt: BlockFormat, expr: Expr, leaves: list[Expr], x: float, lo: int, hi: int
+) -> Array:
+    """`expr` for each group and integer lo ... hi, (groups, hi - lo + 1), if floats are x."""
+    count = hi - lo + 1
+    integer = var("integer", count) + lo
+    given = {e: const(x, F32) if e.dtype is F32 else cast(e.dtype, integer) for e in leaves}
+    integers, g = np.tile(np.arange(count), fmt.groups), np.repeat(np.arange(fmt.groups), count)
+    found = evaluate(substitute(expr, given), {"integer": integers, "g": g})
+    return np.broadcast_to(found, g.shape).reshape(fmt.groups, count)
 
 
 # ---- elements and codes ------------------------------------------------------------------------
@@ -480,7 +490,8 @@ class Stored:
         info = np.finfo(dtype)
         exact = np.ldexp(wanted.astype(np.float64), self.exponent)
         self.raw = np.clip(exact, info.min, info.max).astype(dtype)
-        lost = (self.raw == 0) & (np.abs(exact) > float(info.smallest_subnormal) / 64)
+        reach = max(abs(self.factor.levels.low), abs(self.factor.levels.high))
+        lost = (self.raw == 0) & (np.abs(exact) * reach > float(info.smallest_subnormal) / 4)
         self.raw[lost] = np.copysign(info.smallest_subnormal, exact[lost])
         self.floats = np.ldexp(self.raw.astype(np.float64), -self.exponent)
 
@@ -594,51 +605,52 @@ def _encode(
 
 
 def _converter(fmt: BlockFormat) -> Convert:
-    """The function from rows (n, K) to their bytes, for a format whose codes are its values."""
+    """The function from rows to their bytes, for a format whose codes are the values."""
     code = fmt.code_expr(var("i", fmt.block))
-    leaves = list(dict.fromkeys(_leaves(code)))
-    simple = len(leaves) == len(fmt.fields) == 1 and leaves[0].op == "load"
-    if simple:
-        at = evaluate(leaves[0].args[0], {"i": np.arange(fmt.block)})
-        lo, hi = interval(leaves[0]) if leaves[0].dtype is not F32 else (0, 0)
-        simple = bool((at == np.arange(fmt.block)).all()) and hi - lo < 65536
-    if not simple or fmt.scale is not None or fmt.offset is not None or fmt.bias:
+    leaf, *more = dict.fromkeys(_leaves(code))
+    field: Field = leaf.attr
+    plain = not more and leaf.op == "load" and len(fmt.fields) == 1
+    plain = plain and not (fmt.scale or fmt.offset or fmt.bias)
+    plain = plain and (leaf is code or field.storage.nbytes <= 2)
+    if not plain or not _in_order(leaf, fmt.block, field.count, "i"):
         raise FormatError(
-            f"format {fmt.name} has no quantizer: where codes are floats, they must be read from"
-            " elements 0, 1, ... of its only field, of at most 16 bits if it is an integer field,"
-            " and used without scale, bias and offset"
+            f"format {fmt.name} has no quantizer, because its values {code} are not the elements of"
+            " its only field, in order, if floats, or else a function of integers of 16 bits"
         )
-    field = leaves[0].attr
-    if leaves[0] is code:
-        dtype = NUMPY_STORAGE[leaves[0].attr.storage.name]
-        to_stored: Convert = functools.partial(np.ndarray.astype, dtype=dtype)
+    if leaf is code:
+        to_stored: Convert = functools.partial(
+            np.ndarray.astype, dtype=NUMPY_STORAGE[field.storage.name]
+        )
     else:
-        patterns = np.arange(lo, hi + 1)
-        plain = substitute(code, {leaves[0]: cast(leaves[0].dtype, var("p", hi - lo + 1) + lo)})
-        to_stored = _rounding(evaluate(plain, {"p": patterns - lo}).astype(np.float64), patterns)
-    name = leaves[0].attr.name
-    return lambda rows: fmt.join({name: to_stored(rows.reshape(-1, fmt.block))})
+        lo, hi = interval(leaf)
+        integer = cast(leaf.dtype, var("integer", hi - lo + 1) + lo)
+        integers = np.arange(hi - lo + 1)
+        values = evaluate(substitute(code, {leaf: integer}), {"integer": integers})
+        to_stored = _rounding(values, integers + lo)
+    return lambda rows: fmt.join({field.name: to_stored(rows.reshape(-1, fmt.block))})
 
 
 def _rounding(values: Array, patterns: Array) -> Convert:
     """The function from floats to the patterns of the nearest values, ties to even patterns."""
-    positive_nans = patterns[np.isnan(values) & ~np.signbit(values)]
-    order = np.lexsort((~np.signbit(values), values))[: np.count_nonzero(~np.isnan(values))]
-    v, p = values[order], patterns[order]
+    nans = patterns[np.isnan(values) & ~np.signbit(values)]
+    real = ~np.isnan(values)
+    v, p = values[real].astype(np.float64), patterns[real]
+    order = np.argsort(_ordinal(v))
+    v, p = v[order], p[order]
     for end, one, two in ((0, 1, 2), (-1, -2, -3)):
         if np.isinf(v[end]):  # rounding treats infinity as the next number
             v[end] = 2 * v[one] - v[two]
-    # the last x that goes down to v[j]: below the middle, or on it if p[j] is even; -0 is below 0
+    # the last x that goes down to v[j] is the middle, or just below it if p[j] is odd; -0 < 0
     middles = _ordinal(v[1:] / 2 + v[:-1] / 2)
     limits = np.minimum(middles - (p[:-1] & 1), _ordinal(v[1:]) - 1)
 
-    def convert(x: Array) -> Array:
+    def to_stored(x: Array) -> Array:
         found = p[np.searchsorted(limits, _ordinal(x))]
-        if len(positive_nans):
-            found[np.isnan(x)] = positive_nans[len(positive_nans) // 2]  # quiet in IEEE formats
+        if len(nans):
+            found[np.isnan(x)] = nans[len(nans) // 2]  # in IEEE's formats that is the plain one
         return found
 
-    return convert
+    return to_stored
 
 
 def _ordinal(x: Array) -> npt.NDArray[np.int64]:

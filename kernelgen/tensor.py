@@ -6,7 +6,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +119,7 @@ class QuantTensor:
         values: npt.NDArray[np.float32] = fmt.decode(blocks).reshape(*picked.shape[:-1], k)
         return values
 
-    def row(self, n: int) -> QuantTensor:
+    def row(self, n: SupportsIndex) -> QuantTensor:
         """Row n, a tensor of shape (K,) that shares the data.
 
         Rows are counted through all leading dimensions; negative n counts from the end.
@@ -128,7 +128,7 @@ class QuantTensor:
         flat = self._data.reshape(self.rows, self._format.row_bytes(self._shape[-1]))
         return QuantTensor(self._format, self._shape[-1:], flat[at])
 
-    def __getitem__(self, key: int | slice) -> QuantTensor:
+    def __getitem__(self, key: SupportsIndex | slice) -> QuantTensor:
         """`w[n]`, or rows `w[a:b]`, along the first dimension; shares the data."""
         if len(self._shape) == 1:
             raise ShapeError(

@@ -476,7 +476,7 @@ def _show(expr: Expr) -> tuple[str, int]:
     if op in ("spread", "cast", "bitcast", "call", "lookup", "table"):
         inside = ", ".join(map(show, args))
         if op in ("lookup", "table"):
-            values = ", ".join(f"{v:g}" for v in expr.attr)
+            values = ", ".join(f"{v:g}" if isinstance(v, float) else f"{v}" for v in expr.attr)
             return f"{op}([{values}], {inside})", atom
         head = {"spread": f"spread{expr.attr}", "call": f"{expr.attr}"}.get(op, expr.dtype.value)
         return f"{head}({inside})" if op != "bitcast" else f"bits_{head}({inside})", atom

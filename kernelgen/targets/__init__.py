@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Target
@@ -26,3 +28,14 @@ def get(name: str) -> Target:
 def targets() -> tuple[Target, ...]:
     """All targets."""
     return tuple(get(name) for name in NAMES)
+
+
+class _Module(ModuleType):
+    """`kernelgen.targets` is this package, and for users also the function that names them all."""
+
+    def __call__(self) -> list[str]:
+        """Names of all targets."""
+        return list(NAMES)
+
+
+sys.modules[__name__].__class__ = _Module
