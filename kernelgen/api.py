@@ -153,7 +153,9 @@ def matmul(
     shape = x.shape
     n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
     if not shape or shape[-1] != k:
-        raise ShapeError(f"x of shape {shape} was given for weights of shape {w.shape}: x needs {k} columns")
+        raise ShapeError(
+            f"x of shape {shape} was given for weights of shape {w.shape}: x needs {k} columns"
+        )
     m = x.size // k
     rows = x if x.dtype == np.float32 else _as_float32(x)
     if len(shape) != 2:

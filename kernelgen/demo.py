@@ -119,7 +119,9 @@ def run(folder: Path, console: Console) -> int:
 
 def main() -> int:
     """Entry point of `python -m kernelgen.demo`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where files go")
     console = Console(width=None if sys.stdout.isatty() else 110)
     try:

@@ -84,9 +84,7 @@ def build(
     """
     folder = out / target.name
     wanted = contents(target, list(kernels(target, formats, ops)))
-    changed = [
-        folder / name for name, text in wanted.items() if _read(folder / name) != text
-    ]
+    changed = [folder / name for name, text in wanted.items() if _read(folder / name) != text]
     if check:
         present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
         return sorted(changed + [folder / name for name in present - set(wanted)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 from kernelgen import __version__
@@ -12,11 +14,11 @@ from kernelgen.config import Config, NoConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import unit_bytes
-from kernelgen.ir.steps import scalar_steps, steps
 from kernelgen.targets.base import Kernel, Printer, Target, Walk
 
 if TYPE_CHECKING:
     import jinja2
+
 
 @functools.cache
 def environment(target: str) -> jinja2.Environment:
@@ -62,23 +64,26 @@ def generate(
 
 @functools.lru_cache(maxsize=1024)
 def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
-    per_word = steps(fmt)
-    per_element = scalar_steps(fmt)
-    uses_words = one.op in ("matvec", "matmul")
-    context_steps: Any = per_word if uses_words else per_element
-    tables = _tables(context_steps)
-    names = {values: name for name, values in tables.items()}
-    entry = "_".join(filter(None, ("kernelgen", one.op, fmt.name, one.precision)))
-    notes = tuple(f"decoded lane by lane: {r}" for r in per_word.scalar_because) * uses_words
+    steps = one.steps(fmt)
+    tables = _tables(steps)
+    # by text, as (0,) == (0.0,) == (-0.0,)
+    names = {repr(values): name for name, values in tables.items()}
+    entry = target.prefix + "_".join(filter(None, (one.op, fmt.name, one.precision)))
+    notes = tuple(f"decoded lane by lane: {r}" for r in getattr(steps, "scalar_because", ()))
+    spelt = _spelling((*fmt.fields, *fmt.ints), target.reserved | set(tables))
+
+    def table_name(values: tuple[Any, ...]) -> str:
+        return names[repr(values)]
 
     def rename(name: str) -> str:
-        return f"{name}_" if name in target.reserved else name
+        return spelt[name]
 
     context: dict[str, Any] = {
-        name: Printer(dialect, names.__getitem__, rename) for name, dialect in target.dialects.items()
+        name: (dialect.printer or Printer)(dialect, table_name, rename)
+        for name, dialect in target.dialects.items()
     }
     context |= {
-        "entry": entry, "fmt": fmt, "steps": context_steps, "config": config, "notes": notes,
+        "entry": entry, "fmt": fmt, "steps": steps, "config": config, "notes": notes,
         "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
         "title": _title(one, fmt), "config_text": _config_text(config), **target.globals,
@@ -106,20 +111,41 @@ def _config_text(config: Config) -> str:
     return ", ".join(f"{k}={v}" for k, v in values.items()) or "nothing to configure"
 
 
-def _tables(source: Any) -> dict[str, tuple[int, ...]]:
+def _spelling(names: Iterable[str], reserved: AbstractSet[str]) -> dict[str, str]:
+    """The names of a format's author as the source spells them: with an underscore where the walk
+    or the language uses the name itself."""
+    spelt = {name: name for name in names}
+    taken = reserved | set(spelt)
+    for name in spelt:
+        if name in reserved:
+            while spelt[name] in taken:
+                spelt[name] += "_"
+            taken |= {spelt[name]}
+    return spelt
+
+
+def _tables(steps: Any) -> dict[str, tuple[Any, ...]]:
     """The tables that the steps look into, by the name they get in the source."""
-    found: list[tuple[int, ...]] = []
-    for field in dataclasses.fields(source):
-        value = getattr(source, field.name)
-        if not isinstance(value, Expr):
-            continue
-        for node in walk(value):
-            if node.op in ("table", "lookup") and node.attr not in found:
-                found.append(node.attr)
-    names = ["values"] if len(found) == 1 else [f"values_{n}" for n in range(len(found))]
-    return {
-        name: values + (0,) * (16 - len(values)) for name, values in zip(names, found, strict=True)
+    found = {
+        repr(node.attr): node.attr
+        for expr in _expressions(steps)
+        for node in walk(expr)
+        if node.op in ("table", "lookup")
     }
+    names = ["values"] if len(found) == 1 else [f"values_{n}" for n in range(len(found))]
+    return dict(zip(names, found.values(), strict=True))
+
+
+def _expressions(value: Any) -> Iterator[Expr]:
+    """The expressions in a record, or a tuple, of expressions and other things."""
+    if isinstance(value, Expr):
+        yield value
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _expressions(one)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, BlockFormat):
+        for field in dataclasses.fields(value):
+            yield from _expressions(getattr(value, field.name))
 
 
 def render_index(template: str, target: Target, kernels: list[Kernel]) -> str:

@@ -33,9 +33,7 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
     multiplied as floats.
     """
     if asked not in PRECISIONS:
-        raise ConfigError(
-            f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}"
-        )
+        raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")
     if asked == "auto":
         return "fp32" if fmt.float_codes else "int8"
     return asked

@@ -203,13 +203,12 @@ class Levels:
 class Factor:
     """A scale or offset: a float field (or 1) times a function of an integer of the group (or 1).
 
-    field    the float field, of `floats` elements, each serving as many consecutive groups
+    field    the float field, each element of which serves as many consecutive groups
     integer  the format's group integer of this name, or else an integer field
     levels   the values of the function by stored integer
     """
 
     field: Field | None
-    floats: int
     integer: str | None
     levels: Levels
 
@@ -218,12 +217,14 @@ class Factor:
 class Plan:
     """How a format stores its codes (less the bias), scales and offsets.
 
-    A unit is the elements that share one float.  `signs` are those a group's scale may have.
+    units  how many parts of a block have floats of their own
+    signs  those that the scale of a group may have
     """
 
     codes: Levels
     scale: Factor
     offset: Factor | None
+    units: int
     signs: tuple[int, ...]
 
 
@@ -236,18 +237,19 @@ def plan_of(fmt: BlockFormat) -> Plan:
     codes = _codes(fmt)
     if offset is not None and (shift := _multiple(offset, scale)) is not None:
         codes, offset = Levels(codes.values + shift, codes.stored), None
-    if offset is not None:
-        read = {scale.field, scale.integer} - {None}
-        if offset.floats != scale.floats or read & {offset.field, offset.integer}:
-            raise FormatError(
-                f"format {fmt.name} has no quantizer, because its offset reads what its scale"
-                " reads, or is shared by other groups; it may be a multiple of the scale, or have"
-                " a float of its own for the same groups"
-            )
-    alone = scale.field is not None and scale.floats == fmt.groups
-    either = offset is None and (alone or scale.levels.low < 0)
-    signs = (1, -1) if either and codes.low != -codes.high else (1,)
-    return Plan(codes, scale, offset, signs)
+    parts = [scale] if offset is None else [scale, offset]
+    read = [name for part in parts for name in (part.field, part.integer) if name is not None]
+    units = {part.field.count for part in parts if part.field is not None} or {fmt.groups}
+    if len(set(read)) != len(read) or len(units) != 1:
+        raise FormatError(
+            f"format {fmt.name} has no quantizer, because its offset reads what its scale reads,"
+            " or is shared by other groups; it may be a multiple of the scale, or have a float of"
+            " its own for the same groups"
+        )
+    (unit_count,) = units
+    alone = scale.field is not None and unit_count == fmt.groups
+    either = offset is None and codes.low != -codes.high and (alone or scale.levels.low < 0)
+    return Plan(codes, scale, offset, unit_count, (1, -1) if either else (1,))
 
 
 def _multiple(offset: Factor, scale: Factor) -> float | None:
@@ -280,11 +282,14 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
     floats = [leaf for leaf in leaves if leaf.dtype is F32]
     integers = [leaf for leaf in leaves if leaf.dtype is not F32]
     field: Field | None = floats[0].attr if floats else None
-    count = field.count if field else fmt.groups
-    lo, hi = interval(integers[0]) if integers else (0, 0)
+    name: str | None = None
+    lo, hi = 0, 0
+    if integers:
+        lo, hi = interval(integers[0])
+        name = integers[0].attr if integers[0].op == "named" else integers[0].attr.name
 
     known = len(floats) < 2 and len(integers) < 2 and hi - lo < 1 << 16
-    known = known and all(_in_order(leaf, fmt.groups, count) for leaf in floats)
+    known = known and (field is None or _in_order(floats[0], fmt.groups, field.count))
     known = known and all(_in_order(leaf, fmt.groups, fmt.groups) for leaf in integers)
     if known:
         of_one, of_three = (_by_integer(fmt, expr, leaves, x, lo, hi) for x in (1.0, -3.0))
@@ -296,10 +301,7 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
             " float field with as many groups for each element, in order, nor a function of one"
             " integer of the group, nor their product"
         )
-    name = None
-    if integers:
-        name = integers[0].attr if integers[0].op == "named" else integers[0].attr.name
-    return Factor(field, count, name, Levels(of_one[0], np.arange(lo, hi + 1)))
+    return Factor(field, name, Levels(of_one[0], np.arange(lo, hi + 1)))
 
 
 def _leaves(expr: Expr) -> Iterator[Expr]:
@@ -330,65 +332,97 @@ def _by_integer(
     return np.broadcast_to(found, g.shape).reshape(fmt.groups, count)
 
 
-# ---- elements and codes ------------------------------------------------------------------------
-
-
-@dataclass
-class Sums:
-    """Weighted sums over each group of its codes and elements, float32 (groups,)."""
-
-    w: Array
-    c: Array
-    cc: Array
-    x: Array
-    xc: Array
+# ---- each group for itself ---------------------------------------------------------------------
 
 
 class Elements:
-    """Elements, float32 (group, groups), with weights of that shape or None.
+    """Elements, float32 (group, groups), weights of that shape or None, and the levels of codes.
 
-    With `centred`, `mid` is subtracted from each group, which keeps small differences exact;
-    offsets are then relative to it.  Codes here are levels: the bias is subtracted.
+    With `offsets`, groups have an offset beside their scale.  Then `mid` is subtracted from each,
+    which keeps small differences exact, and offsets here are relative to it.
     """
 
-    def __init__(self, x: Array, weights: Array | None, centred: bool = False) -> None:
+    def __init__(self, x: Array, weights: Array | None, levels: Levels, offsets: bool) -> None:
         """Owns x, and changes it."""
+        self.levels, self.offsets = levels, offsets
         self.low, self.high = x.min(axis=0), x.max(axis=0)
-        self.mid = np.zeros_like(self.low)
-        if centred:
-            self.mid = self.low / 2 + self.high / 2
+        self.mid = (self.low / 2 + self.high / 2) * np.float32(offsets)
+        if offsets:
             x -= self.mid
             self.low, self.high = self.low - self.mid, self.high - self.mid
         self.x, self.weights = x, weights
         self.weighted = self._weigh(x)
         self.sum_x = self.weighted.sum(axis=0)
-        one = np.ones_like(self.low)
-        self.sum_w = len(x) * one if weights is None else weights.sum(axis=0)
+        self.sum_w = self._weigh(np.ones_like(x)).sum(axis=0)
 
     def _weigh(self, a: Array) -> Array:
         return a if self.weights is None else a * self.weights
 
-    def codes(self, levels: Levels, s: Array, o: Array | None) -> Array:
+    def codes(self, s: Array, o: Array | None) -> Array:
         """The level of each element, given scale and offset of each group."""
         inverse = _ratio(np.float32(1), s)
         y = self.x * inverse
         if o is not None:
             y -= o * inverse
-        return levels.nearest(y)
+        return self.levels.nearest(y)
 
-    def sums(self, codes: Array) -> Sums:
-        """The sums for these codes."""
+    def sums(self, codes: Array) -> tuple[Array, Array, Array]:
+        """Weighted sums over each group: of codes, their squares, and their products with x."""
         weighted = self._weigh(codes)
-        cc, xc = (np.einsum("ij,ij->j", codes, a) for a in (weighted, self.weighted))
-        return Sums(self.sum_w, weighted.sum(axis=0), cc, self.sum_x, xc)
+        squares, products = (np.einsum("ij,ij->j", codes, a) for a in (weighted, self.weighted))
+        return weighted.sum(axis=0), squares, products
 
-    def error(self, codes: Array, s: Array, o: Array | None) -> Array:
+    def solve(self, codes: Array) -> tuple[Array, Array | None, Array]:
+        """Scale and offset of least squared error for given codes, and how much it is less."""
+        c, cc, xc = self.sums(codes)
+        if not self.offsets:
+            s = _ratio(xc, cc)
+            return s, None, s * xc
+        det = cc * self.sum_w - c * c
+        det[det < 1e-6 * cc * self.sum_w] = 0  # codes are equal: the offset alone matters
+        s = _ratio(xc * self.sum_w - self.sum_x * c, det)
+        o = _ratio(self.sum_x - s * c, self.sum_w)
+        return s, o, s * xc + o * self.sum_x
+
+    def error(self, s: Array, o: Array | None) -> Array:
         """Weighted squared error of each group."""
-        r = codes * s
+        r = self.codes(s, o) * s
         r -= self.x
         if o is not None:
             r += o
         return np.asarray(np.einsum("ij,ij->j", r, self._weigh(r)))
+
+    def best(self, signs: tuple[int, ...]) -> tuple[Array, Array]:
+        """Scale and offset (0 if there is none) of each group, before any rounding."""
+        scale, offset, most = (np.zeros_like(self.mid) for _ in range(3))
+        for s, o in self._both_ends() if self.offsets else self._far_end(signs):
+            for _ in range(2):
+                s, o, less = self.solve(self.codes(s, o))
+            better = less > most
+            np.copyto(most, less, where=better)
+            np.copyto(scale, s, where=better)
+            if o is not None:
+                np.copyto(offset, o, where=better)
+        return scale, offset
+
+    def _far_end(self, signs: tuple[int, ...]) -> Iterator[tuple[Array, Array | None]]:
+        """Scales that bring the element furthest out to a margin beyond the last level."""
+        for sign in signs:
+            low, high = (sign * end for end in (self.low, self.high)[::sign])
+            reach = np.zeros_like(low)
+            if self.levels.high > 0:
+                reach = np.maximum(reach, high / self.levels.high)
+            if self.levels.low < 0:
+                reach = np.maximum(reach, low / self.levels.low)
+            for margin in MARGINS:
+                yield reach * (sign / (1 + 2 * margin / (self.levels.steps + 1))), None
+
+    def _both_ends(self) -> Iterator[tuple[Array, Array | None]]:
+        """Scales and offsets that bring both ends of a group to margins beyond the levels."""
+        step = self.levels.span / self.levels.steps
+        for below, above in itertools.product(MARGINS_BOTH_ENDS, repeat=2):
+            s = (self.high - self.low) / (self.levels.span + (below + above) * step)
+            yield s, self.low - s * (self.levels.low - below * step)
 
 
 def _ratio(a: Array | np.float32, b: Array) -> Array:
@@ -396,63 +430,6 @@ def _ratio(a: Array | np.float32, b: Array) -> Array:
     quotient = np.asarray(a / b)
     quotient[~np.isfinite(quotient)] = 0
     return quotient
-
-
-# ---- each group for itself ---------------------------------------------------------------------
-
-
-def _fit(
-    elements: Elements, levels: Levels, signs: tuple[int, ...], with_offset: bool
-) -> tuple[Array, Array | None]:
-    """Scale and offset of each group, before any rounding: float32 (groups,)."""
-    scale, offset, most = (np.zeros_like(elements.mid) for _ in range(3))
-    first = _both_ends(elements, levels) if with_offset else _far_end(elements, levels, signs)
-    for s, o in first:
-        for _ in range(2):
-            sums = elements.sums(elements.codes(levels, s, o))
-            s, o = _solve(sums, with_offset)
-        explained = sums.xc * s
-        if o is not None:
-            explained += sums.x * o
-        better = explained > most
-        np.copyto(most, explained, where=better)
-        np.copyto(scale, s, where=better)
-        if o is not None:
-            np.copyto(offset, o, where=better)
-    return scale, offset if with_offset else None
-
-
-def _far_end(
-    elements: Elements, levels: Levels, signs: tuple[int, ...]
-) -> Iterator[tuple[Array, Array | None]]:
-    """Scales that bring the element furthest out to a margin beyond the last level."""
-    for sign in signs:
-        low, high = (sign * end for end in (elements.low, elements.high)[::sign])
-        reach = np.zeros_like(low)
-        if levels.high > 0:
-            reach = np.maximum(reach, high / levels.high)
-        if levels.low < 0:
-            reach = np.maximum(reach, low / levels.low)
-        for margin in MARGINS:
-            yield reach * (sign / (1 + 2 * margin / (levels.steps + 1))), None
-
-
-def _both_ends(elements: Elements, levels: Levels) -> Iterator[tuple[Array, Array | None]]:
-    """Scales and offsets that bring both ends of a group to margins beyond the levels."""
-    step = levels.span / levels.steps
-    for below, above in itertools.product(MARGINS_BOTH_ENDS, repeat=2):
-        s = (elements.high - elements.low) / (levels.span + (below + above) * step)
-        yield s, elements.low - s * (levels.low - below * step)
-
-
-def _solve(sums: Sums, with_offset: bool) -> tuple[Array, Array | None]:
-    """Scale and offset of least squared error for given codes."""
-    if not with_offset:
-        return _ratio(sums.xc, sums.cc), None
-    det = sums.cc * sums.w - sums.c * sums.c
-    det[det < 1e-6 * sums.cc * sums.w] = 0  # all codes are equal: only the offset matters
-    s = _ratio(sums.xc * sums.w - sums.x * sums.c, det)
-    return s, _ratio(sums.x - s * sums.c, sums.w)
 
 
 # ---- what is stored ----------------------------------------------------------------------------
@@ -466,31 +443,29 @@ class Stored:
     """
 
     def __init__(self, factor: Factor, exponent: Array) -> None:
-        self.factor, self.exponent = factor, exponent
+        self.levels, self.field, self.integer = factor.levels, factor.field, factor.integer
+        self.exponent = exponent
         self.raw = np.ones(exponent.shape)
         self.floats = np.ldexp(self.raw, -exponent)
         self.at = np.zeros(exponent.shape, np.intp)
 
     def share(self, wanted: Array, weight: Array) -> None:
         """Store values near `wanted`, (groups,), float32."""
-        levels = self.factor.levels
-        x, w = (a.reshape(len(self.floats), -1).T.copy() for a in (wanted, weight))
-        if len(levels.values) > 1:
-            floats, _ = _fit(Elements(x, w), levels, (1, -1), False)
-        else:
-            floats = _ratio((x * w).sum(axis=0), w.sum(axis=0) * np.float32(levels.low))
-        self.set_floats(floats[:, None])
+        if self.field is not None:
+            x, w = (a.reshape(len(self.floats), -1).T.copy() for a in (wanted, weight))
+            floats, _ = Elements(x, w, self.levels, offsets=False).best((1, -1))
+            self.set_floats(floats[:, None])
         self.set_integers(wanted)
 
     def set_floats(self, wanted: Array) -> None:
         """Round floats to their type; none becomes infinite, and none zero that is of any use."""
-        if self.factor.field is None:
+        if self.field is None:
             return
-        dtype = np.dtype(NUMPY_STORAGE[self.factor.field.storage.name])
+        dtype = np.dtype(NUMPY_STORAGE[self.field.storage.name])
         info = np.finfo(dtype)
         exact = np.ldexp(wanted.astype(np.float64), self.exponent)
         self.raw = np.clip(exact, info.min, info.max).astype(dtype)
-        reach = max(abs(self.factor.levels.low), abs(self.factor.levels.high))
+        reach = max(-self.levels.low, self.levels.high)
         lost = (self.raw == 0) & (np.abs(exact) * reach > float(info.smallest_subnormal) / 4)
         self.raw[lost] = np.copysign(info.smallest_subnormal, exact[lost])
         self.floats = np.ldexp(self.raw.astype(np.float64), -self.exponent)
@@ -498,107 +473,99 @@ class Stored:
     def set_integers(self, wanted: Array) -> None:
         """Choose the integers that, with the present floats, come nearest to `wanted`."""
         y = _ratio(wanted.reshape(len(self.floats), -1), self.floats)
-        self.at = self.factor.levels.position(y)
+        self.at = self.levels.position(y)
+
+    def multiples(self) -> Array:
+        """What the float is multiplied by for each group, float64 (groups,)."""
+        return self.levels.values[self.at].ravel()
 
     def values(self) -> Array:
         """The factor of each group, float32 (groups,)."""
-        return (self.floats * self.factor.levels.values[self.at]).ravel().astype(np.float32)
+        return (self.floats * self.levels.values[self.at]).ravel().astype(np.float32)
 
 
 def _blocks(fmt: BlockFormat, plan: Plan, weights: Array | None, rows: Array) -> Array:
-    """Blocks, uint8 (n, bytes of a row), of finite rows (n, K)."""
+    """Blocks, uint8 (n, nbytes), of finite rows (rows, K)."""
 
     def by_group(a: Array) -> Array:
         return np.ascontiguousarray(a.reshape(-1, fmt.group).T)
 
-    units = rows.astype(np.float32).reshape(-1, fmt.block // plan.scale.floats)
+    units = rows.astype(np.float32).reshape(-1, fmt.block // plan.units)
     exponent = np.frexp(np.abs(units).max(axis=1, keepdims=True))[1]
+    x = by_group(np.ldexp(units, -exponent))
     w = None if weights is None else by_group(np.broadcast_to(weights, rows.shape))
-    elements = Elements(by_group(np.ldexp(units, -exponent)), w, plan.offset is not None)
-
-    s, o = _fit(elements, plan.codes, plan.signs, plan.offset is not None)
-    codes = elements.codes(plan.codes, s, o)
+    elements = free = Elements(x, w, plan.codes, plan.offset is not None)
+    s, o = elements.best(plan.signs)
     scale, offset = Stored(plan.scale, exponent), None
-    if plan.offset is not None and o is not None:
+    if plan.offset is not None:
         offset = Stored(plan.offset, exponent)
         offset.share(o + elements.mid, elements.sum_w)
-        rest = Elements(elements.x - (offset.values() - elements.mid), w)
-        s, _ = _fit(rest, plan.codes, plan.signs, False)
-        codes = rest.codes(plan.codes, s, None)
-    scale.share(s, elements.sums(codes).cc)
+        free = Elements(elements.x - (offset.values() - elements.mid), w, plan.codes, offsets=False)
+        s, _ = free.best(plan.signs)
+    scale.share(s, free.sums(free.codes(s, None))[1])
+    codes = _settle(elements, scale, offset)
     for _ in range(ROUNDS):
-        codes = _settle(elements, plan.codes, scale, offset)
         _set_floats(elements, codes, scale, offset)
-    codes = _settle(elements, plan.codes, scale, offset)
-    return _encode(fmt, plan.codes, codes, scale, offset)
+        codes = _settle(elements, scale, offset)
+
+    stored = plan.codes.stored[plan.codes.position(codes)].T.reshape(-1, fmt.block)
+    ints = {name: np.zeros((len(stored), fmt.groups), np.int64) for name in fmt.ints}
+    fields: dict[str, Array] = {}
+    for part in (scale, offset):
+        if part is not None and part.field is not None:
+            fields[part.field.name] = part.raw.reshape(len(stored), -1)
+        if part is not None and part.integer is not None:
+            integers = part.levels.stored[part.at].reshape(len(stored), -1)
+            (ints if part.integer in ints else fields)[part.integer] = integers
+    return encode(fmt, stored, ints, fields)
 
 
-def _present(
-    elements: Elements, scale: Stored, offset: Stored | None
-) -> tuple[Array, Array | None]:
-    """Scale and offset of each group as they are stored now."""
-    return scale.values(), None if offset is None else offset.values() - elements.mid
-
-
-def _settle(elements: Elements, levels: Levels, scale: Stored, offset: Stored | None) -> Array:
+def _settle(elements: Elements, scale: Stored, offset: Stored | None) -> Array:
     """Move integers to their best neighbours; returns the codes for what is then stored."""
+
+    def present() -> tuple[Array, Array | None]:
+        return scale.values(), None if offset is None else offset.values() - elements.mid
+
     parts = [scale] if offset is None else [scale, offset]
-    start, last = scale.at, len(scale.factor.levels.values) - 1
+    start, last = scale.at, len(scale.levels.values) - 1
     best, least = [part.at for part in parts], np.full_like(elements.mid, np.inf)
-    for move in (0, -1, 1) if scale.factor.integer else (0,):
+    for move in (0, -1, 1) if scale.integer else (0,):
         scale.at = np.clip(start + move, 0, last)
-        s, o = _present(elements, scale, offset)
-        if offset is not None and offset.factor.integer:
-            sums = elements.sums(elements.codes(levels, s, o))
-            offset.set_integers(_ratio(sums.x - s * sums.c, sums.w) + elements.mid)
-            s, o = _present(elements, scale, offset)
-        error = elements.error(elements.codes(levels, s, o), s, o)
+        s, o = present()
+        if offset is not None and offset.integer:
+            c, _, _ = elements.sums(elements.codes(s, o))
+            offset.set_integers(_ratio(elements.sum_x - s * c, elements.sum_w) + elements.mid)
+            s, o = present()
+        error = elements.error(s, o)
         better = (error < least).reshape(start.shape)
         best = [np.where(better, part.at, old) for part, old in zip(parts, best, strict=True)]
         least = np.fmin(least, error)
     for part, at in zip(parts, best, strict=True):
         part.at = at
-    return elements.codes(levels, *_present(elements, scale, offset))
+    return elements.codes(*present())
 
 
 def _set_floats(elements: Elements, codes: Array, scale: Stored, offset: Stored | None) -> None:
     """Store the floats of least squared error for given codes and integers."""
 
     def total(a: Array) -> Array:
-        return a.reshape(len(scale.at), -1).sum(axis=1, keepdims=True)
+        return np.asarray(a.reshape(len(scale.floats), -1).sum(axis=1, keepdims=True))
 
     # x = d * (m * code) + q * k, with m and k known for each group, d and q wanted for each unit
-    sums, mid = elements.sums(codes), elements.mid.astype(np.float64)
-    m = scale.factor.levels.values[scale.at].ravel()
-    dd, dx = total(m * m * sums.cc), total(m * (sums.xc + mid * sums.c))
+    mid, m = elements.mid.astype(np.float64), scale.multiples()
+    c, cc, xc = elements.sums(codes)
+    dd, dx = total(m * m * cc), total(m * (xc + mid * c))
     if offset is None:
         scale.set_floats(_ratio(dx, dd))
         return
-    k = offset.factor.levels.values[offset.at].ravel()
-    dq, qq = total(m * k * sums.c), total(k * k * sums.w)
-    qx = total(k * (sums.x + mid * sums.w))
+    k = offset.multiples()
+    dq, qq = total(m * k * c), total(k * k * elements.sum_w)
+    qx = total(k * (elements.sum_x + mid * elements.sum_w))
     det = dd * qq - dq * dq
-    solvable = (det > 1e-9 * dd * qq) & (offset.factor.field is not None)
+    solvable = (det > 1e-9 * dd * qq) & (offset.field is not None)
     alone = _ratio(dx - offset.floats * dq, dd)
     scale.set_floats(np.where(solvable, _ratio(dx * qq - qx * dq, det), alone))
     offset.set_floats(_ratio(qx - scale.floats * dq, qq))
-
-
-def _encode(
-    fmt: BlockFormat, levels: Levels, codes: Array, scale: Stored, offset: Stored | None
-) -> Array:
-    """Blocks, uint8 (n, nbytes), that hold these codes and factors."""
-    stored = levels.stored[levels.position(codes)].T.reshape(-1, fmt.block)
-    ints = {name: np.zeros((len(stored), fmt.groups), np.int64) for name in fmt.ints}
-    fields: dict[str, Array] = {}
-    for part in [scale] if offset is None else [scale, offset]:
-        factor = part.factor
-        if factor.field is not None:
-            fields[factor.field.name] = part.raw.reshape(len(stored), -1)
-        if factor.integer is not None:
-            values = factor.levels.stored[part.at].reshape(len(stored), -1)
-            (ints if factor.integer in ints else fields)[factor.integer] = values
-    return encode(fmt, stored, ints, fields)
 
 
 # ---- formats that store floats -----------------------------------------------------------------

@@ -212,5 +212,3 @@ def sample_weights(fmt: BlockFormat, n: int, k: int, exact: Array | None = None)
         return quantizer.quantize(exact, fmt)
     except FormatError:
         return random_blocks(fmt, n, k)
-
-

@@ -112,9 +112,9 @@ def encode(
     given = {f.name: f for f in fmt.layout_fields if f.name in fields}
     for name, one in given.items():
         values = np.asarray(fields[name]).reshape(len(flat), one.count)
-        flat[:, one.offset : one.offset + one.nbytes] = (
-            np.ascontiguousarray(values.astype(NUMPY_STORAGE[one.storage.name])).view(np.uint8)
-        )
+        flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(
+            values.astype(NUMPY_STORAGE[one.storage.name])
+        ).view(np.uint8)
     for name, where in bit_positions(fmt).items():
         values = np.asarray(codes if name == CODE else ints[name])
         _scatter(flat, values.reshape(len(flat), -1), where)
@@ -148,10 +148,9 @@ def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
     total = var("total", 1 << 31)
     value = fmt.derived[name].value(fmt.view, total - (1 << 30))
     columns = [
-        evaluate(value, {"total": sums[:, j : j + 1] + (1 << 30)}, fields)
-        for j in range(one.count)
+        evaluate(value, {"total": sums[:, j : j + 1] + (1 << 30)}, fields) for j in range(one.count)
     ]
     stored = np.concatenate([np.broadcast_to(c, (len(flat), 1)) for c in columns], axis=1)
-    flat[:, one.offset : one.offset + one.nbytes] = (
-        np.ascontiguousarray(stored.astype(NUMPY_STORAGE[one.storage.name])).view(np.uint8)
-    )
+    flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(
+        stored.astype(NUMPY_STORAGE[one.storage.name])
+    ).view(np.uint8)

@@ -461,7 +461,9 @@ def _show(expr: Expr) -> tuple[str, int]:
     if op == "const":
         if expr.dtype is U32 and expr.attr > 255:
             return f"0x{expr.attr:08X}", atom
-        text = f"{expr.attr:g}" if expr.dtype is F32 and math.isfinite(expr.attr) else f"{expr.attr}"
+        text = (
+            f"{expr.attr:g}" if expr.dtype is F32 and math.isfinite(expr.attr) else f"{expr.attr}"
+        )
         return text, atom if not text.startswith("-") else PRECEDENCE["neg"]
     if op == "var":
         return str(expr.attr[0]), atom

@@ -146,7 +146,11 @@ def _pack_shift_right(expr: Expr, lane: Expr) -> Expr:
     if depends_on(amount, lane):
         raise _NotPackable(f"lanes are shifted by different amounts: {show(expr)}")
     _require_unsigned(value)
-    mask = splat(255 >> amount.attr) if amount.op == "const" else (const(255, U32) >> amount) * 0x01010101
+    mask = (
+        splat(255 >> amount.attr)
+        if amount.op == "const"
+        else (const(255, U32) >> amount) * 0x01010101
+    )
     return (_pack(value, lane) >> amount) & mask
 
 
@@ -190,4 +194,3 @@ _HANDLERS = {
     "<<": _pack_no_carry, "+": _pack_no_carry, "*": _pack_no_carry, "cast": _pack_cast,
     "table": _pack_table, "select": _pack_select, "named": lambda e, lane: _pack(e.args[0], lane),
 }  # fmt: skip
-

@@ -214,5 +214,3 @@ def simplify(expr: Expr) -> Expr:
         if changed is not None and changed is not node:
             return simplify(changed)
     return node
-
-

@@ -197,4 +197,3 @@ def scalar_steps(fmt: BlockFormat) -> ScalarSteps:
     used = {f.name: f for e in (code, scale, offset) if e is not None for f in loads(e)}
     fields = tuple(sorted(used.values(), key=lambda f: f.offset))
     return ScalarSteps(fmt, fields, scale, offset, code, fmt.bias)
-

@@ -16,8 +16,19 @@ import numpy.typing as npt
 from kernelgen.config import Capabilities, Config
 from kernelgen.errors import TargetError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import BITWISE, BOOL, F32, PRECEDENCE, SHIFTS, U32, Expr, walk
+from kernelgen.ir.expr import (
+    BITWISE,
+    BOOL,
+    COMPARISONS,
+    F32,
+    PRECEDENCE,
+    SHIFTS,
+    U32,
+    Expr,
+    walk,
+)
 from kernelgen.ir.ops import Activations
+from kernelgen.ir.steps import scalar_steps
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +40,7 @@ OPS = ("dequantize", "quantize", "matvec", "matmul", "prepare")
 class Argument:
     """An argument of a kernel's entry point.
 
-    role    "in", "out", "scratch", or "size" (an integer passed by value)
+    role    "in", "out", "scratch", "size" (an integer passed by value), or "result" (returned)
     dtype   element type
     shape   in the symbols of the size arguments, as text; empty for a scalar
     """
@@ -55,6 +66,7 @@ class Walk:
     features   of the device that it cannot do without
     applies    why a format cannot take this walk, or None
     contract   whether a*b + c may be rounded once (the result must not be bit-exact)
+    steps      what its template gets as `steps`: a format's expressions, by the loop they belong in
     """
 
     name: str
@@ -68,6 +80,7 @@ class Walk:
     features: tuple[str, ...] = ()
     applies: Callable[[BlockFormat], str | None] = lambda fmt: None
     contract: bool = True
+    steps: Callable[[BlockFormat], Any] = scalar_steps
 
 
 @dataclass(frozen=True)
@@ -170,9 +183,10 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Dialect:
-    """The words of a C-like language: how each thing that an expression can contain is spelt.
+    """The words of a language: how each thing that an expression can contain is spelt.
 
-    Templates are str.format strings.  A missing word is an error that names it.
+    Templates are str.format strings.  A missing word is an error that names it.  For {x} there is
+    also {atom}: the same, in brackets where it is an operation.
 
     constant   by dtype name
     load       by storage name, of {field} and {index}
@@ -182,9 +196,14 @@ class Dialect:
     select     of {condition} {a} {b}, where the condition is the same in all lanes
     blend      the same where it differs between lanes
     min, max   of {a} {b}
+
+    operators  by operator, where its sign is not Python's
+    printer    a kind of `Printer`, for languages that need more than words
     """
 
     words: Mapping[str, str]
+    operators: Mapping[str, str] = field(default_factory=dict)
+    printer: type[Printer] | None = None
 
     def word(self, key: str) -> str:
         """The spelling of `key`."""
@@ -205,6 +224,7 @@ class Target:
     support_files  files of the target's folder that every kernel of it includes
     globals        what its templates may call besides
     reserved       names that a format's fields must not have in its source
+    prefix         what names of entry points begin with
     how            what its results are worth: "run", "emulated", "compiled"
     """
 
@@ -219,6 +239,7 @@ class Target:
     how: str = "run"
     globals: Mapping[str, Any] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
+    prefix: str = "kernelgen_"
 
     def runtime(self) -> Runtime:
         """The target's driver side, imported now."""
@@ -244,11 +265,13 @@ class Target:
         )
 
 
-_C_SIGN = {"//": "/"}
+#: how tightly names and calls bind, tighter than any operator
+ATOM = 99
 
 
 class Printer:
-    """Prints expressions in a C-like language through its dialect."""
+    """Prints expressions of a language whose operators bind as C's or Python's, through its
+    dialect."""
 
     def __init__(
         self,
@@ -266,8 +289,7 @@ class Printer:
         return self._print(expr)[0]
 
     def _print(self, expr: Expr) -> tuple[str, int]:
-        atom = 99
-        op, word = expr.op, self._dialect.word
+        op, word, atom = expr.op, self._dialect.word, ATOM
         if op == "const":
             text = self._constant(expr)
             return text, atom if not text.startswith("-") else PRECEDENCE["neg"]
@@ -275,7 +297,9 @@ class Printer:
             return str(expr.attr[0]), atom
         if op in PRECEDENCE and op != "select":
             return self._operator(expr)
-        args = [self(a) for a in expr.args]
+        parts = [self._print(a) for a in expr.args]
+        args = [text for text, _ in parts]
+        x = {"x": args[0], "atom": args[0] if parts[0][1] == ATOM else f"({args[0]})"}
         if op == "load":
             key = f"load.{expr.attr.storage.name}"
             return word(key).format(field=self._rename(expr.attr.name), index=args[0]), atom
@@ -285,18 +309,18 @@ class Printer:
             return word("element").format(name=self._rename(expr.attr), index=args[0]), atom
         if op in ("cast", "bitcast"):
             key = f"{op}.{expr.args[0].dtype.value}>{expr.dtype.value}"
-            return word(key).format(x=args[0]), atom
+            return word(key).format(**x), atom
         if op == "select":
             key = "blend" if varies(expr.args[0]) else "select"
             return word(key).format(condition=args[0], a=args[1], b=args[2]), atom
         if op in ("table", "lookup"):
             return word(op).format(table=self._tables(expr.attr), index=args[0]), atom
         if op == "spread":
-            return word(f"spread{expr.attr}").format(x=args[0]), atom
+            return word(f"spread{expr.attr}").format(**x), atom
         if op in ("min", "max"):
             return word(op).format(a=args[0], b=args[1]), atom
         if op == "call":
-            return word(f"call.{expr.attr}").format(x=args[0]), atom
+            return word(f"call.{expr.attr}").format(**x), atom
         if op == "named":
             return self._print(expr.args[0])
         raise TargetError(f"{op} cannot be printed")
@@ -318,7 +342,8 @@ class Printer:
             text, inner = self._print(expr.args[0])
             return f"-{text if inner > level else f'({text})'}", level
         left, right = expr.args
-        if op == "+" and right.op == "const" and right.dtype is not U32 and right.attr < 0:
+        # the opposite of -2**31 is no i32
+        if op == "+" and right.op == "const" and -(2**31) < right.attr < 0:
             op, right = "-", Expr("const", right.dtype, attr=-right.attr)
         sides = []
         for arg, is_right in ((left, False), (right, True)):
@@ -326,12 +351,13 @@ class Printer:
             regrouped = op == arg.op == "+" and arg.dtype.is_int  # a + (b + c) needs none
             loose = inner < level or (inner == level and is_right and not regrouped)
             mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op
-            sides.append(f"({text})" if loose or (mixed and inner != 99) else text)
-        return f"{sides[0]} {_C_SIGN.get(op, op)} {sides[1]}", level
+            # a < b == c compares three values in some languages and two in others
+            chained = op in COMPARISONS and arg.op in COMPARISONS
+            bracketed = loose or chained or (mixed and inner != ATOM)
+            sides.append(f"({text})" if bracketed else text)
+        return f"{sides[0]} {self._dialect.operators.get(op, op)} {sides[1]}", level
 
 
 def varies(expr: Expr) -> bool:
     """Whether the value depends on what is loaded, and so may differ between the rows of a tile."""
     return any(node.op in ("load", "word", "element") for node in walk(expr))
-
-

@@ -1,7 +1,7 @@
 """Formats whose 4-bit codes index a table of 16 values; nibbles lie as in q4_0.
 
-    qs[j]   7 6 5 4 | 3 2 1 0        j = 0..15
-             x[j+16]   x[j]
+qs[j]   7 6 5 4 | 3 2 1 0        j = 0..15
+         x[j+16]   x[j]
 """
 
 from __future__ import annotations

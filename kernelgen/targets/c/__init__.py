@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernelgen.config import Capabilities, NoConfig, RowTileConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Field
+from kernelgen.ir.steps import steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c.dialect import ROWS, SCALAR
 
@@ -56,6 +57,7 @@ def _matmul(op: str, precision: str) -> Walk:
         ),
         symbols=_SYMBOLS,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        steps=steps,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from kernelgen.targets.base import Dialect
 
+_OPERATORS = {"//": "/"}
+
 _COMMON = {
     "constant.f32": "{x}f",
     "constant.u32": "{x}u",
@@ -37,7 +39,8 @@ SCALAR = Dialect(
         "bitcast.u32>i32": "(int32_t)({x})",
         "blend": "({condition} ? {a} : {b})",
         "table": "{table}[{index}]",
-    }
+    },
+    _OPERATORS,
 )
 
 ROWS = Dialect(
@@ -64,5 +67,6 @@ ROWS = Dialect(
         "table": "gather({table}, {index})",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
-    }
+    },
+    _OPERATORS,
 )

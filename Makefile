@@ -1,0 +1,75 @@
+# What a contributor runs. Every target installs what it needs first; the second time that is free.
+#
+#   make demo      build kernels for a small GGUF file, prove them, multiply with them
+#   make test      formatting, types, and all tests but the slow ones
+#   make check     formatting, types, and whether generated/ is what the sources say
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# `make install SYSTEM_PACKAGES=no` leaves the system alone
+SYSTEM_PACKAGES ?= yes
+
+INSTALLED := $(VENV)/.installed
+CROSS_INSTALLED := $(VENV)/.cross-installed
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-cross demo lint types generated check test test-all bench format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(INSTALLED)
+
+# kernelgen and all that tests and benchmarks need; the compiler is optional but faster than gcc
+$(INSTALLED): pyproject.toml scripts/install_venv.sh scripts/debian_packages.sh
+	@scripts/install_venv.sh $(PYTHON) $(VENV) dev
+ifeq ($(SYSTEM_PACKAGES),yes)
+	@scripts/debian_packages.sh "another C compiler serves, somewhat slower" \
+		clang-19 libomp-19-dev
+endif
+	@touch $@
+
+install-cross: $(CROSS_INSTALLED)
+
+# what runs kernels of instruction sets that this machine lacks
+$(CROSS_INSTALLED): $(INSTALLED) scripts/debian_packages.sh
+ifeq ($(SYSTEM_PACKAGES),yes)
+	@scripts/debian_packages.sh "tests of other instruction sets are skipped" \
+		qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libsimde-dev
+endif
+	@touch $@
+
+demo: install
+	@$(BIN)/python -m kernelgen.demo
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install
+	$(BIN)/mypy
+
+generated: install
+	$(BIN)/kernelgen build --check
+
+check: lint types generated
+
+test: lint types
+	$(PYTEST) -m "not slow"
+
+test-all: check install-cross
+	$(PYTEST)
+
+bench: install
+	$(BIN)/kernelgen bench
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# what was built and cached; the environment stays (rm -rf .venv to be rid of it)
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Settings that all tests share.
+
+Runs are repeatable; `--hypothesis-profile=deep` looks at many more, random examples.
+"""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
+settings.register_profile(
+    "repeatable", max_examples=100, deadline=None, derandomize=True, suppress_health_check=_SLOW
+)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=_SLOW)
+settings.load_profile("repeatable")
