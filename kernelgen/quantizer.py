@@ -34,7 +34,6 @@ from kernelgen.ir.expr import F32, Expr, Field, cast, const, substitute, var
 from kernelgen.ir.ranges import interval
 
 Array = npt.NDArray[Any]
-Progress = Callable[[int, int], object]
 Convert = Callable[[Array], Array]
 
 #: elements a thread works on at once: temporaries of this size stay in a cache
@@ -54,7 +53,7 @@ def quantize(
     fmt: BlockFormat,
     *,
     importance: npt.ArrayLike | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Blocks, uint8 (..., K // block * nbytes), whose values are close to x.
@@ -147,8 +146,7 @@ def _weights(importance: npt.ArrayLike | None, k: int) -> Array | None:
             f"importance is one finite weight, not negative, for each of the {k} columns; this"
             f" array has shape {weights.shape} and minimum {weights.min(initial=np.inf)}"
         )
-    mean = weights.mean() or 1.0
-    return (weights / mean + 1e-6).astype(np.float32)
+    return (weights / (weights.mean() or 1.0) + 1e-6).astype(np.float32)
 
 
 # ---- what a format stores ----------------------------------------------------------------------
@@ -182,8 +180,8 @@ class Levels:
     def nearest(self, y: Array) -> Array:
         """The level nearest to each y, float32; overwrites y.
 
-        Where levels are uneven, it may be the second nearest for a y within span / CELLS of the
-        middle between two: that costs no accuracy to speak of, and is much faster.
+        Where levels are uneven, it is found in a table and may be the second nearest for a y
+        within span / CELLS of the middle between two.
         """
         if self.even:
             y -= np.float32(self.low)
@@ -257,10 +255,9 @@ def _multiple(offset: Factor, scale: Factor) -> float | None:
     if (offset.field, offset.integer) != (scale.field, scale.integer):
         return None
     o, s = (f.levels.values[np.argsort(f.levels.stored)] for f in (offset, scale))
-    if len(o) != len(s):
-        return None
-    ratio = float(o[np.abs(s).argmax()] / np.abs(s).max())
-    return ratio if np.allclose(o, ratio * s) else None
+    ratio = float(np.abs(o).max() / np.abs(s).max())
+    matching = [r for r in (ratio, -ratio) if len(o) == len(s) and np.allclose(o, r * s)]
+    return matching[0] if matching else None
 
 
 def _codes(fmt: BlockFormat) -> Levels:
@@ -287,6 +284,8 @@ def _factor(fmt: BlockFormat, what: str, expr: Expr) -> Factor:
     if integers:
         lo, hi = interval(integers[0])
         name = integers[0].attr if integers[0].op == "named" else integers[0].attr.name
+        if name in fmt.ints:  # the interval may be wider than what the bits can hold
+            hi = min(hi, lo + (1 << bit_positions(fmt)[name].width) - 1)
 
     known = len(floats) < 2 and len(integers) < 2 and hi - lo < 1 << 16
     known = known and (field is None or _in_order(floats[0], fmt.groups, field.count))
@@ -475,10 +474,6 @@ class Stored:
         y = _ratio(wanted.reshape(len(self.floats), -1), self.floats)
         self.at = self.levels.position(y)
 
-    def multiples(self) -> Array:
-        """What the float is multiplied by for each group, float64 (groups,)."""
-        return self.levels.values[self.at].ravel()
-
     def values(self) -> Array:
         """The factor of each group, float32 (groups,)."""
         return (self.floats * self.levels.values[self.at]).ravel().astype(np.float32)
@@ -552,13 +547,13 @@ def _set_floats(elements: Elements, codes: Array, scale: Stored, offset: Stored 
         return np.asarray(a.reshape(len(scale.floats), -1).sum(axis=1, keepdims=True))
 
     # x = d * (m * code) + q * k, with m and k known for each group, d and q wanted for each unit
-    mid, m = elements.mid.astype(np.float64), scale.multiples()
+    m, mid = scale.levels.values[scale.at].ravel(), elements.mid.astype(np.float64)
     c, cc, xc = elements.sums(codes)
     dd, dx = total(m * m * cc), total(m * (xc + mid * c))
     if offset is None:
         scale.set_floats(_ratio(dx, dd))
         return
-    k = offset.multiples()
+    k = offset.levels.values[offset.at].ravel()
     dq, qq = total(m * k * c), total(k * k * elements.sum_w)
     qx = total(k * (elements.sum_x + mid * elements.sum_w))
     det = dd * qq - dq * dq
@@ -575,52 +570,26 @@ def _converter(fmt: BlockFormat) -> Convert:
     """The function from rows to their bytes, for a format whose codes are the values."""
     code = fmt.code_expr(var("i", fmt.block))
     leaf, *more = dict.fromkeys(_leaves(code))
-    field: Field = leaf.attr
-    plain = not more and leaf.op == "load" and len(fmt.fields) == 1
-    plain = plain and not (fmt.scale or fmt.offset or fmt.bias)
-    plain = plain and (leaf is code or field.storage.nbytes <= 2)
-    if not plain or not _in_order(leaf, fmt.block, field.count, "i"):
+    stored: Convert | None = None
+    if leaf is code:
+        stored = functools.partial(np.ndarray.astype, dtype=NUMPY_STORAGE[leaf.attr.storage.name])
+    elif not more and leaf.op == "load" and interval(leaf) == (0, 65535):
+        every = np.arange(1 << 16)
+        of_word = substitute(code, {leaf: cast(leaf.dtype, var("word", 1 << 16))})
+        if (evaluate(of_word, {"word": every}).view(np.uint32) == every << 16).all():
+            stored = _upper_half
+    plain = len(fmt.fields) == 1 and not (fmt.scale or fmt.offset or fmt.bias)
+    if stored is None or not plain or not _in_order(leaf, fmt.block, fmt.block, "i"):
         raise FormatError(
             f"format {fmt.name} has no quantizer, because its values {code} are not the elements of"
-            " its only field, in order, if floats, or else a function of integers of 16 bits"
+            " its only field, in order, as f32, f16 or the upper 16 bits of f32"
         )
-    if leaf is code:
-        to_stored: Convert = functools.partial(
-            np.ndarray.astype, dtype=NUMPY_STORAGE[field.storage.name]
-        )
-    else:
-        lo, hi = interval(leaf)
-        integer = cast(leaf.dtype, var("integer", hi - lo + 1) + lo)
-        integers = np.arange(hi - lo + 1)
-        values = evaluate(substitute(code, {leaf: integer}), {"integer": integers})
-        to_stored = _rounding(values, integers + lo)
-    return lambda rows: fmt.join({field.name: to_stored(rows.reshape(-1, fmt.block))})
+    name, convert = leaf.attr.name, stored
+    return lambda rows: fmt.join({name: convert(rows.reshape(-1, fmt.block))})
 
 
-def _rounding(values: Array, patterns: Array) -> Convert:
-    """The function from floats to the patterns of the nearest values, ties to even patterns."""
-    nans = patterns[np.isnan(values) & ~np.signbit(values)]
-    real = ~np.isnan(values)
-    v, p = values[real].astype(np.float64), patterns[real]
-    order = np.argsort(_ordinal(v))
-    v, p = v[order], p[order]
-    for end, one, two in ((0, 1, 2), (-1, -2, -3)):
-        if np.isinf(v[end]):  # rounding treats infinity as the next number
-            v[end] = 2 * v[one] - v[two]
-    # the last x that goes down to v[j] is the middle, or just below it if p[j] is odd; -0 < 0
-    middles = _ordinal(v[1:] / 2 + v[:-1] / 2)
-    limits = np.minimum(middles - (p[:-1] & 1), _ordinal(v[1:]) - 1)
-
-    def to_stored(x: Array) -> Array:
-        found = p[np.searchsorted(limits, _ordinal(x))]
-        if len(nans):
-            found[np.isnan(x)] = nans[len(nans) // 2]  # in IEEE's formats that is the plain one
-        return found
-
-    return to_stored
-
-
-def _ordinal(x: Array) -> npt.NDArray[np.int64]:
-    """Integers in the order of the floats."""
-    bits = x.astype(np.float64).view(np.int64)
-    return bits ^ ((bits >> 63) & np.int64(2**63 - 1))
+def _upper_half(x: Array) -> Array:
+    """The 16 bits of the nearest f32 whose lower 16 bits are zero, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded)  # 0x40: NaN even if lower bits go

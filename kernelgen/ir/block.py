@@ -18,18 +18,11 @@ import numpy.typing as npt
 
 from kernelgen.errors import ExprError, FormatError
 from kernelgen.ir.check import problems
-from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import F32, I32, STORAGES, Expr, Field, cast, const, load, named, show, var
 from kernelgen.ir.ranges import interval
 
 Array = npt.NDArray[Any]
-
-#: how the storage types of fields lie in numpy arrays
-NUMPY_STORAGE: dict[str, npt.DTypeLike] = {
-    "u8": np.uint8, "i8": np.int8, "u16": "<u2", "i16": "<i2", "u32": "<u4",
-    "f16": "<f2", "f32": "<f4",
-}  # fmt: skip
-
 
 class FieldView:
     """A field with several elements, as seen by a format's expressions: `b.qs[i]`."""

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kernelgen.errors import FormatError
-from kernelgen.ir.block import NUMPY_STORAGE, BlockFormat
-from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import Expr, var
 
 Array = npt.NDArray[Any]

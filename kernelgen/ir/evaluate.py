@@ -20,6 +20,12 @@ NUMPY_DTYPES: dict[DType, npt.DTypeLike] = {
     BOOL: np.bool_, I32: np.int32, U32: np.uint32, F32: np.float32,
 }  # fmt: skip
 
+#: how the storage types of fields lie in numpy arrays
+NUMPY_STORAGE: dict[str, npt.DTypeLike] = {
+    "u8": np.uint8, "i8": np.int8, "u16": "<u2", "i16": "<i2", "u32": "<u4",
+    "f16": "<f2", "f32": "<f4",
+}  # fmt: skip
+
 #: functions of one f32, computed in double precision and rounded once
 _FUNCTIONS: dict[str, Any] = {
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -42,6 +48,7 @@ def evaluate(
 
     `variables` maps names to integers or one-dimensional integer arrays of one length I.
     `fields` maps field names to arrays of shape (..., count) with the field's stored dtype.
+    For `fetch`, "w" holds all bytes of the weights, uint8.
     The result has shape (..., I), (..., 1) where no load depends on an array, and no field
     dimensions where nothing is loaded.  Integer arithmetic wraps.
     """
@@ -73,6 +80,12 @@ def _apply(
         return _elements(_given(node.attr.name, fields), args[0]).astype(dtype)
     if op == "element":
         return _elements(_given(node.attr, fields), args[0]).astype(dtype)
+    if op == "fetch":
+        storage = NUMPY_STORAGE[node.attr[0].name]
+        raw = _given("w", fields)
+        size = np.dtype(storage).itemsize
+        bytes_ = np.stack([_elements(raw, args[0].astype(np.int64) + i) for i in range(size)], -1)
+        return bytes_.view(storage)[..., 0].astype(dtype)
     if op == "table":
         return np.take(np.asarray(node.attr, dtype=dtype), args[0], mode="clip")
     if op == "cast":

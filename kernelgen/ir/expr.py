@@ -94,6 +94,9 @@ COMPARISONS = ("<", "==")
 #: functions of one f32
 FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "erf")
 
+#: operators that read memory
+LOADS = ("load", "word", "element", "fetch")
+
 _interned: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
 
 
@@ -336,6 +339,11 @@ def word(field: Field, unit: Expr) -> Expr:
     return Expr("word", U32, (unit,), field)
 
 
+def fetch(storage: Storage, align: int, address: Expr) -> Expr:
+    """An element at a byte address of the weights, which `align` divides."""
+    return Expr("fetch", storage.dtype, (address,), (storage, align))
+
+
 def spread(bits: int, x: Expr) -> Expr:
     """A u32 whose byte l is `(x >> bits*l) & (2**bits - 1)`, l = 0..3."""
     return Expr("spread", U32, (x,), bits)
@@ -459,7 +467,7 @@ def _show(expr: Expr) -> tuple[str, int]:
     atom = 99
     op, args = expr.op, expr.args
     if op == "const":
-        if expr.dtype is U32 and expr.attr > 255:
+        if expr.dtype is U32 and expr.attr > 0xFFFF:  # a mask
             return f"0x{expr.attr:08X}", atom
         text = (
             f"{expr.attr:g}" if expr.dtype is F32 and math.isfinite(expr.attr) else f"{expr.attr}"
@@ -473,6 +481,8 @@ def _show(expr: Expr) -> tuple[str, int]:
         return f"{expr.attr}({args[1]})", atom
     if op == "word":
         return f"word({expr.attr.name}, {args[0]})", atom
+    if op == "fetch":
+        return f"{expr.attr[0].name}_at({args[0]})", atom
     if op == "element":
         return f"{expr.attr}[{args[0]}]", atom
     if op in ("spread", "cast", "bitcast", "call", "lookup", "table"):

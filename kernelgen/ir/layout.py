@@ -11,6 +11,7 @@ four bytes where the field has whole 32-bit words, else one element.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,26 @@ import numpy.typing as npt
 
 from kernelgen.errors import ShapeError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import I32, Expr, Field, cast, transform, word
+from kernelgen.ir.expr import (
+    I32,
+    STORAGES,
+    U32,
+    Expr,
+    Field,
+    cast,
+    const,
+    fetch,
+    transform,
+    var,
+    word,
+)
+from kernelgen.ir.ranges import divisor
+from kernelgen.ir.rules import simplify
 
 Array = npt.NDArray[Any]
+
+#: a number, or an expression of one
+Size = Any
 
 AXES = ("tile", "lane", "block", "field", "unit", "byte")
 
@@ -43,36 +61,48 @@ class Layout:
         """Rows stored for n rows: whole tiles."""
         return -(-n // self.lanes) * self.lanes
 
-    def _extents(self, one: Field, n: int, blocks: int) -> dict[str, int]:
+    def _extents(self, one: Field, n: Size, blocks: Size) -> dict[str, Size]:
         unit = unit_bytes(one)
+        tiles = (n + (self.lanes - 1)) // self.lanes if self.lanes > 1 else n
         return {
-            "tile": self.rows(n) // self.lanes, "lane": self.lanes, "block": blocks,
+            "tile": tiles, "lane": self.lanes, "block": blocks,
             "unit": one.nbytes // unit, "byte": unit,
         }  # fmt: skip
 
-    def strides(self, fmt: BlockFormat, one: Field, n: int, k: int) -> dict[str, int]:
-        """Bytes from one index of an axis to the next, and under "field" where the field starts."""
-        extents = self._extents(one, n, k // fmt.block)
+    def field_start(self, fmt: BlockFormat, one: Field) -> int:
+        """Bytes of a block that come before the field."""
+        if self.order.index("field") > self.order.index("block"):
+            return one.offset
+        # planes: those of words first, so that every plane begins where its units are aligned
+        order = sorted(fmt.layout_fields, key=lambda f: (-unit_bytes(f), f.offset))
+        return sum(f.nbytes for f in order[: order.index(one)])
+
+    def strides(self, fmt: BlockFormat, one: Field, n: Size, blocks: Size) -> dict[str, Size]:
+        """Bytes from one index of an axis to the next, and under "field" where the field starts.
+
+        `n` rows of `blocks` blocks; either numbers or expressions.
+        """
+        extents = self._extents(one, n, blocks)
         at = self.order.index("field")
-        inside = [a for a in self.order[at + 1 :] if a not in ("unit", "byte")]
-        copies = 1  # how often each field is repeated before the next field begins
-        for axis in inside:
-            copies *= extents[axis]
-        result = {"field": one.offset * copies}
-        stride = 1
+        copies: Size = 1  # how often each field is repeated before the next field begins
+        for axis in self.order[at + 1 :]:
+            if axis not in ("unit", "byte"):
+                copies = copies * extents[axis]
+        result: dict[str, Size] = {"field": copies * self.field_start(fmt, one)}
+        stride: Size = 1
         for axis in reversed(self.order[at + 1 :]):
             result[axis] = stride
-            stride *= extents[axis]
-        stride = fmt.nbytes * copies
+            stride = extents[axis] * stride
+        stride = copies * fmt.nbytes
         for axis in reversed(self.order[:at]):
             result[axis] = stride
-            stride *= extents[axis]
+            stride = extents[axis] * stride
         return result
 
     def _view(self, packed: Array, fmt: BlockFormat, one: Field, n: int, k: int) -> Array:
         """The field's bytes inside `packed`, as an array with axes tile, lane, block, unit, byte."""
         extents = self._extents(one, n, k // fmt.block)
-        strides = self.strides(fmt, one, n, k)
+        strides = self.strides(fmt, one, n, k // fmt.block)
         axes = [a for a in AXES if a != "field"]
         return np.lib.stride_tricks.as_strided(
             packed[strides["field"] :], [extents[a] for a in axes], [strides[a] for a in axes]
@@ -119,6 +149,70 @@ NATIVE = Layout("native", AXES)
 def interleaved(lanes: int) -> Layout:
     """`lanes` rows side by side: one vector load takes the same unit of all of them."""
     return Layout("interleaved", ("tile", "block", "field", "unit", "lane", "byte"), lanes)
+
+
+#: each field of all blocks together, so that neighbouring threads load neighbouring words
+PLANES = Layout("planes", ("field", "tile", "lane", "block", "unit", "byte"))
+
+
+def named_layout(name: str, lanes: int = 1) -> Layout:
+    """The layout of that name."""
+    return {"native": NATIVE, "planes": PLANES}.get(name) or interleaved(lanes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a field of one block of one row begins, and how its elements follow.
+
+    start    u32 expression of the byte address, in the variables `row`, `block`, `N`, `blocks`
+    at       the variable that a walk gives this value
+    unit     bytes from one unit to the next
+    align    divides every address of a unit
+    """
+
+    field: Field
+    start: Expr
+    at: Expr
+    unit: int
+    align: int
+
+
+def places(layout: Layout, fmt: BlockFormat) -> dict[str, Place]:
+    """The `Place` of every field, by its name."""
+    size = 1 << 31
+    row, block, n, blocks = (var(v, size, U32) for v in ("row", "block", "N", "blocks"))
+    result = {}
+    for one in fmt.layout_fields:
+        strides = layout.strides(fmt, one, n, blocks)
+        lane = row % layout.lanes if layout.lanes > 1 else const(0, U32)
+        tile = row // layout.lanes if layout.lanes > 1 else row
+        parts = [tile * strides["tile"], lane * strides["lane"], block * strides["block"]]
+        start = strides["field"] + (parts[0] + parts[1] + parts[2])
+        start = start if isinstance(start, Expr) else const(start, U32)
+        unit = int(strides["unit"])
+        align = math.gcd(divisor(start), unit, 4)
+        at = var(f"{one.name}_at", size, U32)
+        result[one.name] = Place(one, simplify(start), at, unit, align)
+    return result
+
+
+def lower_to_memory(expr: Expr, where_: dict[str, Place]) -> Expr:
+    """Loads and words replaced by fetches from addresses."""
+
+    def change(node: Expr) -> Expr | None:
+        if node.op not in ("load", "word"):
+            return None
+        place = where_[node.attr.name]
+        storage = STORAGES["u32"] if node.op == "word" else node.attr.storage
+        index = cast(U32, node.args[0])
+        if node.op == "load" and unit_bytes(node.attr) != storage.nbytes:
+            # several elements to a unit: element index*nbytes bytes from the start of the unit
+            per_unit = unit_bytes(node.attr) // storage.nbytes
+            address = place.at + index // per_unit * place.unit + index % per_unit * storage.nbytes
+            return fetch(storage, math.gcd(place.align, storage.nbytes), simplify(address))
+        return fetch(storage, place.align, simplify(place.at + index * place.unit))
+
+    return transform(expr, change)
 
 
 def lower_to_words(expr: Expr) -> Expr:

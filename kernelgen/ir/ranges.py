@@ -34,6 +34,8 @@ def _interval(expr: Expr, whole: Interval) -> Interval:
         return expr.attr[1], expr.attr[2]
     if op == "load":
         return expr.attr.storage.lo, expr.attr.storage.hi
+    if op == "fetch":
+        return expr.attr[0].lo, expr.attr[0].hi
     if op == "table":
         lo, hi = interval(args[0])
         reachable = expr.attr[max(lo, 0) : hi + 1] or expr.attr

@@ -17,6 +17,7 @@ from typing import Any
 
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import (
+    LOADS,
     BOOL,
     F32,
     Expr,
@@ -152,14 +153,14 @@ for _law in LAWS:
 
 def fold_constants(expr: Expr) -> Expr | None:
     """An operation on constants, or an integer of which only one value is possible."""
-    if expr.op in ("const", "var", "load", "word", "element", "named"):
+    if expr.op in ("const", "var", "named", *LOADS):
         return None
     if expr.args and all(a.op == "const" for a in expr.args):
         value = evaluate(expr).item()
         return const(value, expr.dtype) if value == value else None  # a NaN would lose its bits
     if expr.op == "select" and expr.args[0].op == "const":
         return expr.args[1] if expr.args[0].attr else expr.args[2]
-    if expr.dtype is not F32 and not any(n.op in ("load", "word", "element") for n in walk(expr)):
+    if expr.dtype is not F32 and not any(n.op in LOADS for n in walk(expr)):
         lo, hi = interval(expr)
         if lo == hi:
             return const(lo, expr.dtype)

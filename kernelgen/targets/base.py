@@ -21,6 +21,7 @@ from kernelgen.ir.expr import (
     BOOL,
     COMPARISONS,
     F32,
+    LOADS,
     PRECEDENCE,
     SHIFTS,
     U32,
@@ -305,6 +306,11 @@ class Printer:
             return word(key).format(field=self._rename(expr.attr.name), index=args[0]), atom
         if op == "word":
             return word("word").format(field=self._rename(expr.attr.name), index=args[0]), atom
+        if op == "fetch":
+            storage, align = expr.attr
+            return word(f"fetch.{storage.name}.{min(align, storage.nbytes)}").format(
+                address=args[0]
+            ), atom
         if op == "element":
             return word("element").format(name=self._rename(expr.attr), index=args[0]), atom
         if op in ("cast", "bitcast"):
@@ -329,7 +335,7 @@ class Printer:
         if expr.dtype is F32:
             return self._dialect.word("constant.f32").format(x=repr(float(expr.attr)))
         if expr.dtype is U32:
-            text = f"0x{expr.attr:08X}" if expr.attr > 255 else str(expr.attr)
+            text = f"0x{expr.attr:08X}" if expr.attr > 0xFFFF else str(expr.attr)
             return self._dialect.word("constant.u32").format(x=text)
         if expr.dtype is BOOL:
             return str(int(expr.attr))
@@ -360,4 +366,4 @@ class Printer:
 
 def varies(expr: Expr) -> bool:
     """Whether the value depends on what is loaded, and so may differ between the rows of a tile."""
-    return any(node.op in ("load", "word", "element") for node in walk(expr))
+    return any(node.op in LOADS for node in walk(expr))

@@ -1,0 +1,202 @@
+"""What there is: `list`, `devices`, `show`."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.syntax import Syntax
+
+from kernelgen import api
+from kernelgen import targets as target_list
+from kernelgen.cli import stages
+from kernelgen.cli.terminal import (
+    AsJson,
+    FormatNames,
+    Names,
+    TargetNames,
+    console,
+    pick_formats,
+    pick_op,
+    pick_targets,
+    print_json,
+    table,
+)
+from kernelgen.errors import ConfigError
+from kernelgen.generate import generate
+from kernelgen.ir import formats as format_list
+from kernelgen.ir.block import BlockFormat
+from kernelgen.problem import choose_precision
+from kernelgen.targets.base import OPS, Target
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one target does about one op on one format.
+
+    how         "run", "emulated", "compiled": what its results are worth here; or "none"
+    precisions  that it offers; empty where the op has no such choice
+    notes       what is slower than it should be, such as decode lane by lane
+    reason      why there is none
+    """
+
+    target: str
+    op: str
+    format: str
+    how: str
+    precisions: tuple[str, ...]
+    notes: tuple[str, ...]
+    reason: str | None
+
+
+def _cell(target: Target, op: str, fmt: BlockFormat, unavailable: str | None) -> Cell:
+    walks = [walk for walk in target.walks if walk.op == op]
+    refusals = {walk.name: walk.applies(fmt) for walk in walks}
+    offers = list(dict.fromkeys(w.precision for w in walks if refusals[w.name] is None))
+    notes = [note for p in offers for note in generate(op, fmt, target, precision=p).notes]
+    reason = unavailable
+    if not offers:
+        reason = next(filter(None, refusals.values()), "it has no walk for this op")
+    return Cell(
+        target.name, op, fmt.name, target.how if reason is None else "none",
+        tuple(filter(None, offers)), tuple(dict.fromkeys(notes)), reason,
+    )  # fmt: skip
+
+
+def list_kernels(
+    target: TargetNames = None, format: FormatNames = None, as_json: AsJson = False
+) -> None:
+    """Show which kernels there are: format x op x target, and what their results are worth here."""
+    formats = pick_formats(format)
+    result: list[Cell] = []
+    for one in pick_targets(target):
+        unavailable = one.runtime().available()
+        cells = [_cell(one, op, fmt, unavailable) for fmt in formats for op in OPS]
+        result += cells
+        if not as_json:
+            _print_cells(one, formats, cells)
+    if as_json:
+        print_json([asdict(cell) for cell in result])
+
+
+def _print_cells(target: Target, formats: Sequence[BlockFormat], cells: list[Cell]) -> None:
+    by_place = {(cell.format, cell.op): cell for cell in cells}
+    ops = [op for op in OPS if any(walk.op == op for walk in target.walks)]
+    shown = table("format", "bits", *ops, right=["bits"], title=f"{target.name}: {target.description}")
+    for fmt in formats:
+        row = [by_place[fmt.name, op] for op in ops]
+        shown.add_row(fmt.name, f"{fmt.bits:g}", *map(_words, row))
+    out = console()
+    out.print(shown)
+    notes = {f"* {c.format}: {note}": None for c in cells for note in c.notes}
+    missing: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.reason is not None and cell.op in ops:
+            missing.setdefault(cell.reason, []).append(f"{cell.op} {cell.format}")
+    reasons = [
+        f"none: {reason}" if len(places) == len(ops) * len(formats)
+        else f"none for {', '.join(places)}: {reason}"
+        for reason, places in missing.items()
+    ]  # fmt: skip
+    for line in [*notes, *reasons]:
+        out.print(f"  {line}", soft_wrap=True)
+    if notes or reasons:
+        out.print()
+
+
+def _words(cell: Cell) -> str:
+    """run, run* (decoded lane by lane), run int8 fp32."""
+    return " ".join([cell.how + "*" * bool(cell.notes), *cell.precisions])
+
+
+def devices(as_json: AsJson = False) -> None:
+    """Show which targets can run on this machine, and why the others cannot."""
+    found: list[dict[str, Any]] = []
+    for target in target_list.targets():
+        runtime = target.runtime()
+        reason = runtime.available()
+        found.append(
+            {
+                "target": target.name,
+                "description": target.description,
+                "how": target.how,
+                "available": reason is None,
+                "reason": reason,
+                "variants": list(target.variants),
+                "devices": runtime.describe() if reason is None else [],
+            }
+        )
+    if as_json:
+        print_json(found)
+        return
+    shown = table("target", "here", "device")
+    for one in found:
+        lines = [_described(device) for device in one["devices"]]
+        here = one["how"] if one["available"] else "none"
+        shown.add_row(one["target"], here, "\n".join(lines) or one["reason"] or "")
+    console().print(shown)
+
+
+def _described(device: dict[str, Any]) -> str:
+    """The device's name, then what else is known of it."""
+    rest = [f"{key} {_yes_no(value)}" for key, value in device.items() if key != "device"]
+    return ", ".join([str(device.get("device", "")), *rest]).lstrip(", ")
+
+
+def _yes_no(value: object) -> object:
+    return value if not isinstance(value, bool) else ("yes" if value else "no")
+
+
+def show(
+    op: Annotated[str, typer.Argument(metavar="OP", help=f"One of {', '.join(OPS)}.")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="A format, in any case.")],
+    target: Annotated[
+        str, typer.Option("--target", metavar="T", help="The target whose kernel is shown.")
+    ] = target_list.PREFERENCE[0],
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="P", help="fp32, int8 or auto.")
+    ] = "auto",
+    config: Annotated[
+        Names,
+        typer.Option(
+            "--config", metavar="K=V", help="A value of the configuration; may be repeated."
+        ),
+    ] = None,
+    ir: Annotated[
+        bool, typer.Option("--ir", help="Show how the format's description became packed code.")
+    ] = False,
+) -> None:
+    """Print the source of a kernel, or the stages of the IR behind it."""
+    op, fmt = pick_op(op, OPS), format_list.get(format)
+    manifest = target_list.get(target)
+    chosen = choose_precision(precision, fmt)
+    out = console()
+    if ir:
+        manifest.walk(op, fmt, chosen)  # a kernel that does not exist has no stages
+        for line in stages.lines(op, fmt):
+            out.print(line, soft_wrap=True)
+        return
+    made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
+    if not out.is_terminal:
+        print(made.source, end="")
+        return
+    lexer = Syntax.guess_lexer(f"kernel{manifest.suffix}", made.source)
+    painted = Syntax("", lexer, background_color="default").highlight(made.source.rstrip("\n"))
+    out.print(painted, soft_wrap=True)
+
+
+def _parsed(given: Names) -> dict[str, Any]:
+    """Values of --config by name; what reads as a Python literal is one."""
+    values: dict[str, Any] = {}
+    for one in given or ():
+        name, sign, text = one.partition("=")
+        if not sign or not name:
+            raise ConfigError(f"--config {one} was given; write a name and a value, as columns=4")
+        try:
+            values[name.strip()] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name.strip()] = text
+    return values

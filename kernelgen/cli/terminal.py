@@ -1,0 +1,144 @@
+"""Words in, words out: names that the user typed, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from kernelgen import targets as target_list
+from kernelgen.errors import TargetError
+from kernelgen.ir import formats as format_list
+from kernelgen.ir.block import BlockFormat
+from kernelgen.targets.base import Target
+
+Names = list[str] | None
+
+#: options that several commands have; each may be repeated, or given a list with commas
+TargetNames = Annotated[
+    Names, typer.Option("--target", metavar="T", help="Targets; all that are known by default.")
+]
+FormatNames = Annotated[
+    Names, typer.Option("--format", metavar="F", help="Formats in any case; all by default.")
+]
+OpNames = Annotated[Names, typer.Option("--op", metavar="O", help="Ops; all by default.")]
+Variant = Annotated[
+    str,
+    typer.Option(
+        "--isa",
+        metavar="I",
+        help="The variant of a target to use, such as an instruction set; by default the best here.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def split_names(given: Names) -> list[str]:
+    """Names of a repeated option, commas split, each once."""
+    parts = (part.strip() for one in given or () for part in one.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def pick_formats(given: Names) -> list[BlockFormat]:
+    """Formats by name; all where none is given."""
+    names = split_names(given)
+    return list(dict.fromkeys(map(format_list.get, names))) or list(format_list.formats())
+
+
+def pick_ops(given: Names, known: Sequence[str]) -> tuple[str, ...]:
+    """Ops by name, in the order in which they are known; all where none is given."""
+    names = [pick_op(name, known) for name in split_names(given)]
+    return tuple(op for op in known if op in names) or tuple(known)
+
+
+def pick_op(given: str, known: Sequence[str]) -> str:
+    """An op by name, in any case."""
+    if given.lower() not in known:
+        raise TargetError(f"op {given!r} was asked for; known here are {', '.join(known)}")
+    return given.lower()
+
+
+def pick_targets(given: Names, variant: str = "") -> list[Target]:
+    """Targets by name; where none is given all, or all that have the variant asked for."""
+    names = split_names(given)
+    if names:
+        return list(dict.fromkeys(map(target_list.get, names)))
+    every = target_list.targets()
+    found = [one for one in every if not variant or variant in one.variants]
+    if not found:
+        known = ", ".join(v for one in every for v in one.variants)
+        raise TargetError(f"no target has a variant {variant!r}; known are {known}")
+    return found
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that leaves text as it is, and lines as long as they are when piped."""
+    made = Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=False)
+    if not made.is_terminal:
+        made.width = 10_000
+    return made
+
+
+def complain(text: str) -> None:
+    """A sentence on stderr."""
+    print(text, file=sys.stderr)
+
+
+def table(*columns: str, right: Iterable[str] = (), title: str | None = None) -> Table:
+    """An empty table of these columns; those in `right` hold numbers."""
+    made = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return made
+
+
+def progress_bar(on: Console) -> Progress:
+    """A bar that is gone when the work is done, and not there at all when piped."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=on,
+        transient=True,
+        disable=not on.is_terminal,
+    )
+
+
+def print_json(data: Any) -> None:
+    """Valid JSON on stdout."""
+    print(json.dumps(as_json(data), indent=1, allow_nan=False))
+
+
+def as_json(value: Any) -> Any:
+    """Plain data as JSON has it: a float that is not finite becomes null, bytes become text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(one) for one in value]
+    if isinstance(value, np.generic):
+        return as_json(value.item())
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
