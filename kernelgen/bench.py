@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kernelgen import api
 from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import choose_precision, op_for
+from kernelgen.problem import choose_precision
 from kernelgen.targets.base import Target
 from kernelgen.tensor import QuantTensor
 from kernelgen.verify import random_blocks
@@ -46,34 +46,103 @@ class Timing:
 
 def compare(
     functions: Mapping[str, Callable[[], object]],
-    repeats: int = 20,
+    repeats: int = 7,
     *,
-    warmup: int = 2,
-    calls: int = 1,
-    settle: int = 1,
+    burst: float = 0.02,
+    pause: float = 0.25,
 ) -> dict[str, Timing]:
     """Time functions in turns, so that what disturbs the machine disturbs all of them alike.
 
-    repeats  turns; every other one goes backwards
-    warmup   calls of each before the first turn
-    calls    timed calls of a function in its turn, each a sample
-    settle   calls of a function in its turn before those, not timed: the threads that the function
-             before has left spinning go to sleep, and caches hold what this one leaves in them
+    repeats  turns; every other one goes through the functions backwards
+    burst    seconds for which a function is called in its turn, at least once; before that comes a
+             call that is not timed
+    pause    seconds before a function's turn.  Threads that have nothing to do spin before they
+             sleep, those of OpenMP for 0.2 s, and would take cores from the next function: on two
+             cores, in turns without a pause, numpy's matmul was five times slower than alone
     """
     for function in functions.values():
-        for _ in range(warmup):
-            function()
+        function()  # compiles, allocates
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats):
         order = list(functions.items())
         for name, function in order if turn % 2 == 0 else reversed(order):
-            for _ in range(settle):
-                function()
-            samples[name] += [_seconds(function) for _ in range(calls)]
+            time.sleep(pause)
+            function()
+            samples[name] += _burst(function, burst)
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def _burst(function: Callable[[], object], seconds: float) -> list[float]:
+    """Times of calls, one after the other, until so many seconds are over."""
+    times: list[float] = []
+    begin = before = time.perf_counter()
+    while not times or before - begin < seconds:
+        function()
+        now = time.perf_counter()
+        times.append(now - before)
+        before = now
+    return times
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A fused matmul beside numpy's on the same matrix, dequantized beforehand to float32.
+
+    fused, numpy  seconds of a call, medians; `fused_best` and `numpy_best` the fastest calls
+    ratio         how many times faster the fused one is
+    gb_per_s      bytes of blocks read by the fused one in a second, 10^9
+    gflop_per_s   its multiplications and additions in a second, 10^9
+    """
+
+    target: str
+    format: str
+    precision: str
+    m: int
+    n: int
+    k: int
+    fused: float
+    fused_best: float
+    numpy: float
+    numpy_best: float
+    ratio: float
+    gb_per_s: float
+    gflop_per_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for --json."""
+        return asdict(self)
+
+
+def matmul(
+    target: Target,
+    fmt: BlockFormat,
+    m: int,
+    n: int,
+    k: int,
+    precision: str = "auto",
+    repeats: int = 7,
+) -> Measured:
+    """Time kernelgen.matmul of x (M, K) and w (N, K) against numpy's x @ W.T."""
+    w = sample_matrix(fmt, n, k)
+    dequantized = np.resize(w[:_DISTINCT_ROWS].dequantize(), (n, k))
+    x = np.random.default_rng(m).standard_normal((m, k), np.float32)
+    y, other = np.empty((m, n), np.float32), np.empty((m, n), np.float32)
+    times = compare(
+        {
+            "fused": lambda: api.matmul(x, w, target=target.name, precision=precision, out=y),
+            "numpy": lambda: np.matmul(x, dequantized.T, out=other),
+        },
+        repeats,
+    )
+    fused, numpy = times["fused"], times["numpy"]
+    return Measured(
+        target.name, fmt.name, choose_precision(precision, fmt), m, n, k,
+        fused.median, fused.minimum, numpy.median, numpy.minimum, numpy.median / fused.median,
+        w.nbytes / fused.median / 1e9, 2 * m * n * k / fused.median / 1e9,
+    )  # fmt: skip
+
+
+def sample_matrix(fmt: BlockFormat, n: int, k: int) -> QuantTensor:
+    """A matrix of random blocks; speed does not depend on what is in them."""
+    rows = random_blocks(fmt, min(n, _DISTINCT_ROWS), k)
+    return QuantTensor(fmt, (n, k), np.resize(rows, (n, fmt.row_bytes(k))))

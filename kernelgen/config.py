@@ -22,11 +22,15 @@ class Capabilities:
     lanes      32-bit lanes of a vector register (1 where there are none)
     registers  vector registers
     features   names of optional features that are there
+    max_threads   threads that a group may have
+    shared_bytes  memory that the threads of a group share
     """
 
     lanes: int = 1
     registers: int = 16
     features: frozenset[str] = frozenset()
+    max_threads: int = 256
+    shared_bytes: int = 16384
 
 
 def choice(default: Any, *values: Any) -> Any:
@@ -74,8 +78,8 @@ class Config:
         return None
 
     @classmethod
-    def default(cls, caps: Capabilities) -> Self:
-        """A good guess for a device that was never tuned."""
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """A good guess for a device that was never tuned; `m`: rows of activations, if known."""
         return cls()
 
 
@@ -107,6 +111,72 @@ class RowTileConfig(Config):
         return None
 
     @classmethod
-    def default(cls, caps: Capabilities) -> Self:
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
         """As many columns as leave registers for the decode: 8 of 32, 4 of 16."""
         return cls(columns=8 if caps.registers >= 32 else 4)
+
+
+@dataclass(frozen=True)
+class ThreadsConfig(Config):
+    """A grid of groups of threads, each thread with its own elements.
+
+    threads   threads of a group
+    layout    "native": ggml's blocks; "planes": each field of all blocks together
+    """
+
+    threads: int = choice(64, 32, 64, 128, 256)
+    layout: str = choice("native", "native", "planes")
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """A group must fit the device."""
+        if self.threads > caps.max_threads:
+            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        return None
+
+
+@dataclass(frozen=True)
+class MatvecConfig(ThreadsConfig):
+    """A group of threads shares the groups of `rows` rows of weights, for `columns` rows of
+    activations at once, and adds its sums up in shared memory."""
+
+    rows: int = choice(4, 1, 2, 4, 8)
+    columns: int = choice(1, 1, 2, 4, 8)
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """The sums of all threads must fit shared memory."""
+        needed = 4 * self.threads * self.rows * self.columns
+        if needed > caps.shared_bytes:
+            return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
+        return super().legal(caps)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 1) -> Self:
+        """As many columns as there are rows of activations, at most 8."""
+        columns = next(c for c in (1, 2, 4, 8) if c >= min(m or 1, 8))
+        return cls(columns=columns, rows=4 if columns < 8 else 2)
+
+
+@dataclass(frozen=True)
+class TileConfig(Config):
+    """A group computes tile_m x tile_n results, each thread thread_m x thread_n of them, from
+    tiles of `depth` k in shared memory."""
+
+    tile_m: int = choice(32, 16, 32, 64)
+    tile_n: int = choice(32, 16, 32, 64, 128)
+    thread_m: int = choice(4, 1, 2, 4, 8)
+    thread_n: int = choice(2, 1, 2, 4, 8)
+    layout: str = choice("native", "native", "planes")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a group."""
+        return (self.tile_m // self.thread_m) * (self.tile_n // self.thread_n)
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Threads and tiles must fit the device."""
+        if not 32 <= self.threads <= caps.max_threads:
+            return f"{self.threads} threads in a group; 32..{caps.max_threads} are allowed"
+        needed = 4 * 36 * (self.tile_m + self.tile_n)
+        if needed > caps.shared_bytes:
+            return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
+        return None

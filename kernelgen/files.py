@@ -63,11 +63,16 @@ def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
         "walk": kernel.walk.name, "config": kernel.config.as_dict(), "hash": kernel.hash,
         "file": file_name(kernel, target), "entry": kernel.entry,
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
-        "symbols": dict(kernel.walk.symbols), "grid": kernel.walk.grid,
+        "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
         "features": list(kernel.walk.features),
-        "prepare": kernel.prepare.entry if kernel.prepare else None,
+        "needs": {op: k.entry for op, k in kernel.needs.items()},
         "tolerance": tolerance(kernel.op), "notes": list(kernel.notes),
     }  # fmt: skip
+
+
+def _launch(kernel: Kernel) -> dict[str, Any] | None:
+    launch = kernel.walk.launch(kernel.config, kernel.format)
+    return None if launch is None else dataclasses.asdict(launch)
 
 
 def build(

@@ -7,10 +7,11 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from kernelgen import __version__
-from kernelgen.config import Config, NoConfig
+from kernelgen.config import Config
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import unit_bytes
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def environment(target: str) -> jinja2.Environment:
+def environment(target: Target) -> jinja2.Environment:
     """The template environment of a target; its own, so that no target's words leak into another.
 
     Delimiters are ones that no language of a target uses, and a misspelt name is an error.
     """
     import jinja2
 
+    folders = [f"templates/{name}" for name in (target.name, *target.templates)]
+    loaders = [
+        jinja2.PackageLoader("kernelgen", folder)
+        for folder in (*folders, f"targets/{target.name}")
+        if (files("kernelgen") / folder).is_dir()
+    ]
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("kernelgen", f"templates/{target}"),
+        loader=jinja2.ChoiceLoader(loaders),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -64,7 +71,7 @@ def generate(
 
 @functools.lru_cache(maxsize=1024)
 def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
-    steps = one.steps(fmt)
+    steps = one.steps(fmt, config)
     tables = _tables(steps)
     # by text, as (0,) == (0.0,) == (-0.0,)
     names = {repr(values): name for name, values in tables.items()}
@@ -86,19 +93,24 @@ def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kern
         "entry": entry, "fmt": fmt, "steps": steps, "config": config, "notes": notes,
         "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
+        "op": one.op, "precision": one.precision, "arguments": one.arguments, "halves": _halves,
         "title": _title(one, fmt), "config_text": _config_text(config), **target.globals,
     }  # fmt: skip
-    template = environment(target.name).get_template(one.template)
+    template = environment(target).get_template(one.template)
     # the hash is of the text without itself: of all that makes this kernel what it is
     digest = hashlib.sha256(template.render(context | {"hash": ""}).encode()).hexdigest()[:16]
     source = template.render(context | {"hash": digest}).lstrip("\n")
-    repacked = getattr(config, "layout", "native") != "native"
-    prepare = target.walk("prepare", fmt) if repacked else None
+    needs = {op: generate(op, fmt, target) for op in one.needs(config)}
     return Kernel(
         target=target.name, op=one.op, format=fmt, walk=one, config=config, entry=entry,
         source=source, hash=digest, notes=notes,
-        prepare=_render(prepare, fmt, target, NoConfig()) if prepare else None,
+        needs=needs,
     )  # fmt: skip
+
+
+def _halves(count: int) -> list[int]:
+    """count / 2, count / 4, ..., 1: the steps of a reduction by halves."""
+    return [count >> n for n in range(1, count.bit_length())]
 
 
 def _title(one: Walk, fmt: BlockFormat) -> str:
@@ -150,6 +162,6 @@ def _expressions(value: Any) -> Iterator[Expr]:
 
 def render_index(template: str, target: Target, kernels: list[Kernel]) -> str:
     """A file that is written once for all kernels of a build, such as a header."""
-    found = environment(target.name).get_template(template)
+    found = environment(target).get_template(template)
     text = found.render(kernels=kernels, version=__version__, **target.globals)
     return text.lstrip("\n")

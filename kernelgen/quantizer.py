@@ -27,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kernelgen.errors import FormatError, ShapeError
-from kernelgen.ir.block import NUMPY_STORAGE, BlockFormat
+from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.encode import CODE, bit_positions, code_table, encode
-from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import F32, Expr, Field, cast, const, substitute, var
 from kernelgen.ir.ranges import interval
 
@@ -162,7 +162,7 @@ class Levels:
         self.stored = stored[usable][first]
         self.low, self.high = float(self.values[0]), float(self.values[-1])
         self.span = self.high - self.low
-        self.steps = max(len(self.values) - 1, 1)
+        self.last = len(self.values) - 1
         self.middles = self.values[1:] / 2 + self.values[:-1] / 2
         gaps = np.diff(self.values)
         self.even = bool((gaps == 1).all())
@@ -174,7 +174,7 @@ class Levels:
     def position(self, y: Array) -> Array:
         """Index of the level nearest to each y."""
         if self.even:
-            return np.clip(np.rint(y - self.low), 0, self.steps).astype(np.intp)
+            return np.clip(np.rint(y - self.low), 0, self.last).astype(np.intp)
         return np.searchsorted(self.middles, y)
 
     def nearest(self, y: Array) -> Array:
@@ -185,7 +185,7 @@ class Levels:
         """
         if self.even:
             y -= np.float32(self.low)
-            np.clip(np.rint(y, out=y), 0, self.steps, out=y)
+            np.clip(np.rint(y, out=y), 0, self.last, out=y)
             y += np.float32(self.low)
             return y
         if self.cells is None:
@@ -215,14 +215,16 @@ class Factor:
 class Plan:
     """How a format stores its codes (less the bias), scales and offsets.
 
-    units  how many parts of a block have floats of their own
+    unit   elements that share their floats
+    group  elements that share all but the code
     signs  those that the scale of a group may have
     """
 
     codes: Levels
     scale: Factor
     offset: Factor | None
-    units: int
+    unit: int
+    group: int
     signs: tuple[int, ...]
 
 
@@ -244,10 +246,12 @@ def plan_of(fmt: BlockFormat) -> Plan:
             " or is shared by other groups; it may be a multiple of the scale, or have a float of"
             " its own for the same groups"
         )
-    (unit_count,) = units
-    alone = scale.field is not None and unit_count == fmt.groups
-    either = offset is None and codes.low != -codes.high and (alone or scale.levels.low < 0)
-    return Plan(codes, scale, offset, unit_count, (1, -1) if either else (1,))
+    unit = fmt.block // units.pop()
+    group = fmt.group if any(part.integer for part in parts) else unit
+    alone = scale.field is not None and unit == group
+    either = alone or scale.levels.low < 0 < scale.levels.high
+    signs = (1, -1) if either and offset is None and codes.low != -codes.high else (1,)
+    return Plan(codes, scale, offset, unit, group, signs)
 
 
 def _multiple(offset: Factor, scale: Factor) -> float | None:
@@ -414,11 +418,11 @@ class Elements:
             if self.levels.low < 0:
                 reach = np.maximum(reach, low / self.levels.low)
             for margin in MARGINS:
-                yield reach * (sign / (1 + 2 * margin / (self.levels.steps + 1))), None
+                yield reach * (sign / (1 + 2 * margin / (self.levels.last + 2))), None
 
     def _both_ends(self) -> Iterator[tuple[Array, Array | None]]:
         """Scales and offsets that bring both ends of a group to margins beyond the levels."""
-        step = self.levels.span / self.levels.steps
+        step = self.levels.span / max(self.levels.last, 1)
         for below, above in itertools.product(MARGINS_BOTH_ENDS, repeat=2):
             s = (self.high - self.low) / (self.levels.span + (below + above) * step)
             yield s, self.low - s * (self.levels.low - below * step)
@@ -483,9 +487,9 @@ def _blocks(fmt: BlockFormat, plan: Plan, weights: Array | None, rows: Array) ->
     """Blocks, uint8 (n, nbytes), of finite rows (rows, K)."""
 
     def by_group(a: Array) -> Array:
-        return np.ascontiguousarray(a.reshape(-1, fmt.group).T)
+        return np.ascontiguousarray(a.reshape(-1, plan.group).T)
 
-    units = rows.astype(np.float32).reshape(-1, fmt.block // plan.units)
+    units = rows.astype(np.float32).reshape(-1, plan.unit)
     exponent = np.frexp(np.abs(units).max(axis=1, keepdims=True))[1]
     x = by_group(np.ldexp(units, -exponent))
     w = None if weights is None else by_group(np.broadcast_to(weights, rows.shape))
@@ -522,10 +526,10 @@ def _settle(elements: Elements, scale: Stored, offset: Stored | None) -> Array:
         return scale.values(), None if offset is None else offset.values() - elements.mid
 
     parts = [scale] if offset is None else [scale, offset]
-    start, last = scale.at, len(scale.levels.values) - 1
+    start = scale.at
     best, least = [part.at for part in parts], np.full_like(elements.mid, np.inf)
     for move in (0, -1, 1) if scale.integer else (0,):
-        scale.at = np.clip(start + move, 0, last)
+        scale.at = np.clip(start + move, 0, scale.levels.last)
         s, o = present()
         if offset is not None and offset.integer:
             c, _, _ = elements.sums(elements.codes(s, o))

@@ -132,22 +132,19 @@ def devices(as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
         return
-    shown = table("target", "here", "device")
     for one in found:
-        lines = [_described(device) for device in one["devices"]]
-        here = one["how"] if one["available"] else "none"
-        shown.add_row(one["target"], here, "\n".join(lines) or one["reason"] or "")
-    console().print(shown)
+        print(f"{one['target']}: {one['how'] if one['available'] else 'none'}, {one['description']}")
+        if one["reason"]:
+            print(f"  {one['reason']}")
+        for device in one["devices"]:
+            _print_device(device)
 
 
-def _described(device: dict[str, Any]) -> str:
-    """The device's name, then what else is known of it."""
-    rest = [f"{key} {_yes_no(value)}" for key, value in device.items() if key != "device"]
-    return ", ".join([str(device.get("device", "")), *rest]).lstrip(", ")
-
-
-def _yes_no(value: object) -> object:
-    return value if not isinstance(value, bool) else ("yes" if value else "no")
+def _print_device(device: dict[str, Any]) -> None:
+    width = max(map(len, device))
+    for key, value in device.items():
+        shown = value if not isinstance(value, bool) else ("yes" if value else "no")
+        print(f"  {key.replace('_', ' '):{width}}  {shown}")
 
 
 def show(
@@ -173,13 +170,12 @@ def show(
     op, fmt = pick_op(op, OPS), format_list.get(format)
     manifest = target_list.get(target)
     chosen = choose_precision(precision, fmt)
+    made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
     out = console()
     if ir:
-        manifest.walk(op, fmt, chosen)  # a kernel that does not exist has no stages
-        for line in stages.lines(op, fmt):
+        for line in stages.lines(made):
             out.print(line, soft_wrap=True)
         return
-    made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
     if not out.is_terminal:
         print(made.source, end="")
         return

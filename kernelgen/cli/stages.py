@@ -1,46 +1,56 @@
-"""The stages of the IR, from a format's description to what kernels compute, as text.
+"""The stages of the IR, from a format's description to what a kernel computes, as text.
 
-Kernels that multiply take four codes at once; their stages end in what `kernelgen.ir.steps` gives
-to the walks.  Kernels that dequantize go element by element, and have two stages.
+The stages of the format come first: its expressions as they are described, simplified for four
+neighbouring elements, and packed.  The last stage is what the kernel's walk got to print.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from kernelgen.errors import TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import I32, Expr, const, show, var
 from kernelgen.ir.lanes import LANE, LANES, pack
-from kernelgen.ir.layout import lower_to_words
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
-from kernelgen.ir.steps import Steps, group_var, scalar_steps, steps, unsigned_code, word_var
+from kernelgen.ir.steps import group_var, unsigned_code, word_var
+from kernelgen.targets.base import Kernel
 
 #: a stage and its expression
 Stage = tuple[str, Expr]
 
-_FOUR_CODES = ("matvec", "matmul")
+#: ops whose kernels read no elements
+_NO_DECODE = ("quantize", "prepare")
 
 
-def lines(op: str, fmt: BlockFormat) -> Iterator[str]:
-    """All stages of the decode that a kernel of this op contains."""
-    if op not in ("dequantize", *_FOUR_CODES):
+def lines(kernel: Kernel) -> Iterator[str]:
+    """All stages of the decode that a kernel contains."""
+    fmt = kernel.format
+    if kernel.op in _NO_DECODE:
         raise TargetError(
-            f"the stages of {op} were asked for, which decodes nothing;"
-            f" dequantize, {' and '.join(_FOUR_CODES)} do"
+            f"the stages of {kernel.op} were asked for, which decodes nothing; ask for those of"
+            " dequantize, matvec or matmul"
         )
+    steps = kernel.walk.steps(fmt, kernel.config)
+    packed = hasattr(steps, "scalar_because")
     yield (
         f"{fmt.name}: blocks of {fmt.block} elements in {fmt.nbytes} bytes, groups of {fmt.group},"
         f" {fmt.bits:g} bits an element"
     )
     yield f"element i = {_formula(fmt)}, g = i // {fmt.group}"
-    if op not in _FOUR_CODES:
-        yield from _one_at_a_time(fmt)
-    elif fmt.float_codes:
-        yield from _float_elements(fmt)
+    if packed and not fmt.float_codes:
+        yield "word(f, n) holds bytes 4n..4n+3 of field f; lane = 0..3 counts the bytes of a word"
+    if fmt.float_codes:
+        yield from _float_code(fmt)
     else:
-        yield from _four_at_once(fmt, steps(fmt))
+        yield from _code(fmt, packed)
+    for name in fmt.ints:
+        yield from _group_integer(fmt, name, packed)
+    yield from _scale_and_offset(fmt)
+    yield from _kernel(kernel, steps)
 
 
 def _formula(fmt: BlockFormat) -> str:
@@ -49,91 +59,78 @@ def _formula(fmt: BlockFormat) -> str:
     return scaled if fmt.offset is None else f"{scaled} + offset(g)"
 
 
-def _four_at_once(fmt: BlockFormat, made: Steps) -> Iterator[str]:
-    yield from _codes(fmt, made)
-    for name, body in fmt.ints.items():
-        yield from _group_integers(fmt, name, body(fmt.view, group_var(fmt)), made)
-    g = group_var(fmt)
-    if made.scale is not None:
-        yield from _block("scale(g)", [("described", fmt.scale_expr(g)), ("in words", made.scale)])
-    total = fmt.total_offset_expr(g)
-    if made.offset is not None:
-        described = [("described", fmt.offset_expr(g))] if fmt.offset is not None else []
-        with_bias = [("with the bias", total)] if fmt.bias and total is not None else []
-        yield from _block("offset(g)", [*described, *with_bias, ("in words", made.offset)])
+def _float_code(fmt: BlockFormat) -> Iterator[str]:
+    described = fmt.code_expr(var("i", fmt.block))
+    stages = [("described", described), ("simplified", simplify(described))]
+    yield from _block("code(i), a float", stages)
 
 
-def _codes(fmt: BlockFormat, made: Steps) -> Iterator[str]:
-    i = var("i", fmt.block)
+def _code(fmt: BlockFormat, packed: bool) -> Iterator[str]:
+    lo, hi = fmt.code_range
+    described = fmt.code_expr(var("i", fmt.block))
+    stages = [("described", described)]
+    if not packed:
+        yield from _block(f"code(i), {lo}..{hi}", [*stages, ("simplified", simplify(described))])
+        return
     at = fmt.group * group_var(fmt) + LANES * word_var(fmt) + LANE
     code, bias = unsigned_code(fmt, at)
-    packed = pack(code)
-    assert made.codes is not None
-    lo, hi = fmt.code_range
-    yield from _block(
-        f"code(i), {lo}..{hi}",
-        [
-            ("described", fmt.code_expr(i)),
-            (f"i = {show(at)}", simplify(code)),
-            ("packed", packed.expr),
-            ("in words", made.codes),
-        ],
-        packed.scalar_because,
-    )
+    four = pack(code)
+    stages += [(f"i = {show(at)}", simplify(code)), ("packed", four.expr)]
+    yield from _block(f"code(i), {lo}..{hi}", stages, four.scalar_because)
     if bias != fmt.bias:
-        yield f"  the table begins at 0 instead of {lo}: the rest moves into the offset"
-    if made.signed and lo >= 0:
-        yield "  128 is taken off, so that a code fits a signed byte, and put into the offset"
+        yield f"  its table begins at 0 instead of {lo}; offset(g) makes up for it"
 
 
-def _group_integers(fmt: BlockFormat, name: str, body: Expr, made: Steps) -> Iterator[str]:
+def _group_integer(fmt: BlockFormat, name: str, packed: bool) -> Iterator[str]:
+    body = fmt.ints[name](fmt.view, group_var(fmt))
     lo, hi = interval(body)
-    title = f"{name}(g), {lo}..{hi}"
-    words = {one.name: one for one in made.ints}.get(name)
-    if words is None:
-        lowered = simplify(lower_to_words(body))
-        yield from _block(title, [("described", body), ("in words", lowered)])
-        return
-    result: list[Stage] = [("described", body)]
-    for q, expr in enumerate(words.words):
-        first = const(LANES * q, I32) + LANE
-        placed = simplify(fmt.ints[name](fmt.view, first))
-        result.append((f"g = {show(simplify(first))}", placed))
-        result.append(("packed", pack(placed).expr))
-        result.append((f"word {q}", expr))
-    yield from _block(title, result, words.scalar_because)
+    stages, reason = [("described", body)], None
+    for q in range(fmt.groups // LANES if packed and fmt.groups % LANES == 0 else 0):
+        at = const(LANES * q, I32) + LANE
+        placed = simplify(fmt.ints[name](fmt.view, at))
+        four = pack(placed)
+        reason = reason or four.scalar_because
+        stages += [(f"g = {show(simplify(at))}", placed), ("packed", four.expr)]
+    yield from _block(f"{name}(g), {lo}..{hi}", stages, reason)
 
 
-def _float_elements(fmt: BlockFormat) -> Iterator[str]:
-    i = var("i", fmt.block)
-    described = fmt.value_expr(i)
-    result = [("described", described), ("simplified", simplify(described))]
-    last = steps(fmt).values
-    yield from _block("element(i), a float", [*result, *([("in words", last)] if last else [])])
+def _scale_and_offset(fmt: BlockFormat) -> Iterator[str]:
+    g = group_var(fmt)
+    if fmt.scale is not None:
+        yield from _block("scale(g)", [("described", fmt.scale_expr(g))])
+    if fmt.offset is not None:
+        yield from _block("offset(g)", [("described", fmt.offset_expr(g))])
 
 
-def _one_at_a_time(fmt: BlockFormat) -> Iterator[str]:
-    i, g, made = var("i", fmt.block), group_var(fmt), scalar_steps(fmt)
-    at = fmt.group * g + var("l", fmt.group)
-    what = "a float" if fmt.float_codes else "{}..{}".format(*fmt.code_range)
-    described = fmt.code_expr(i)
-    yield from _block(f"code(i), {what}", [("described", described), (f"i = {show(at)}", made.code)])
-    for name, body in fmt.ints.items():
-        yield from _block(f"{name}(g)", [("described", body(fmt.view, g))])
-    if made.scale is not None:
-        yield from _block("scale(g)", [("described", fmt.scale_expr(g)), ("simplified", made.scale)])
-    if made.offset is not None:
-        offset = fmt.offset_expr(g)
-        yield from _block("offset(g)", [("described", offset), ("simplified", made.offset)])
+def _kernel(kernel: Kernel, steps: Any) -> Iterator[str]:
+    stages = list(_expressions("", steps))
+    title = f"in {kernel.op} of target {kernel.target}, walk {kernel.walk.name}"
+    yield from _block(title, stages)
+    for note in kernel.notes:
+        yield f"  {note}"
 
 
-def _block(title: str, found: list[Stage], scalar_because: str | None = None) -> Iterator[str]:
+def _expressions(name: str, value: Any) -> Iterator[Stage]:
+    """The expressions in what a walk got, under the names by which it asks for them."""
+    if isinstance(value, Expr):
+        yield name, value
+    elif isinstance(value, tuple):
+        for n, one in enumerate(value):
+            yield from _expressions(getattr(one, "name", f"{name} {n}"), one)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, BlockFormat):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name)
+            own = isinstance(inner, Expr) and name
+            yield from _expressions(name if own else f"{name} {field.name}".strip(), inner)
+
+
+def _block(title: str, stages: list[Stage], scalar_because: str | None = None) -> Iterator[str]:
     """A quantity's stages; one that changed nothing says so."""
     yield ""
     yield title
-    width = max(len(name) for name, _ in found)
+    width = max((len(name) for name, _ in stages), default=0)
     before = None
-    for name, expr in found:
+    for name, expr in stages:
         text = show(expr)
         yield f"  {name:{width}}  {text if text != before else 'the same'}"
         before = text

@@ -6,7 +6,7 @@ import functools
 import math
 
 from kernelgen.errors import ExprError
-from kernelgen.ir.expr import BOOL, I32, Expr
+from kernelgen.ir.expr import BITWISE, BOOL, I32, Expr
 
 Interval = tuple[int, int]
 
@@ -92,6 +92,9 @@ def _binary(op: str, x: Interval, y: Interval, whole: Interval) -> Interval:
             return 0, b if a >= 0 else d
     if op in ("|", "^") and a >= 0 and c >= 0:
         return 0, (1 << max(b, d).bit_length()) - 1
+    if op in BITWISE:  # the sign fills all bits above the highest of any operand
+        beyond = 1 << max((v if v >= 0 else ~v).bit_length() for v in (a, b, c, d))
+        return -beyond, beyond - 1
     return whole
 
 

@@ -45,12 +45,14 @@ x // a                   -> 0                      if 0 <= lo(x) and hi(x) < a
 (x * a) // b             -> x // (b // a)          if a > 0 and b % a == 0
 (x + y) // a             -> x // a + y // a        if a > 0 and div(x) % a == 0
 (x + y) // a             -> x // a                 if a > 0 and 0 <= lo(y) and hi(y) < gcd(div(x), a)
+(x + a) // b             -> (x + a % b) // b + a // b     if b > 0 and (b <= a or a % b == 0)
 (x % a) // b             -> (x // b) % (a // b)    if b > 0 and a > 0 and a % b == 0
 x % a                    -> 0                      if a > 0 and div(x) % a == 0
 x % a                    -> x                      if 0 <= lo(x) and hi(x) < a
 (x % a) % b              -> x % b                  if a > 0 and b > 0 and a % b == 0
 (x * a) % b              -> (x % (b // a)) * a     if a > 0 and b > a and b % a == 0
 (x + y) % a              -> y % a                  if a > 0 and div(x) % a == 0
+(x + a) % b              -> (x + a % b) % b        if b > 0 and (b <= a or a % b == 0)
 (x + y) % a              -> x % a + y              if a > 0 and 0 <= lo(y) and hi(y) < gcd(div(x), a)
 x // a * a + x % a       -> x                      if a > 0
 x & 0                    -> 0

@@ -29,7 +29,7 @@ from kernelgen.ir.expr import (
     walk,
 )
 from kernelgen.ir.lanes import LANE, LANES, pack
-from kernelgen.ir.layout import lower_to_words
+from kernelgen.ir.layout import Layout, Place, lower_to_memory, lower_to_words, places
 from kernelgen.ir.ranges import fits, interval
 from kernelgen.ir.rules import simplify
 
@@ -197,3 +197,54 @@ def scalar_steps(fmt: BlockFormat) -> ScalarSteps:
     used = {f.name: f for e in (code, scale, offset) if e is not None for f in loads(e)}
     fields = tuple(sorted(used.values(), key=lambda f: f.offset))
     return ScalarSteps(fmt, fields, scale, offset, code, fmt.bias)
+
+
+@dataclass(frozen=True)
+class MemorySteps:
+    """Like `Steps`, but every load is a fetch from a byte address, for walks in which a thread
+    follows a row: expressions in `g`, `j` and the addresses of `places`.
+
+    places   where the fields that are read begin; a walk declares them where a block begins
+    bias, pure_offset   for an exact decode: scale * (code - bias) + pure_offset
+    """
+
+    fmt: BlockFormat
+    places: tuple[Place, ...]
+    scale: Expr | None
+    offset: Expr | None
+    codes: Expr | None
+    signed: bool
+    values: Expr | None
+    bias: int
+    pure_offset: Expr | None
+    scalar_because: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=512)
+def memory_steps(fmt: BlockFormat, layout: Layout) -> MemorySteps:
+    """The steps of a format in a layout."""
+    found = places(layout, fmt)
+
+    def lower(expr: Expr | None) -> Expr | None:
+        if expr is None:
+            return None
+        return simplify(lower_to_memory(lower_to_words(simplify(expr)), found))
+
+    if fmt.float_codes:
+        value = lower(fmt.value_expr(const(0, I32)))
+        return MemorySteps(fmt, tuple(found.values()), None, None, None, False, value, 0, None, ())
+    g, j = group_var(fmt), word_var(fmt)
+    code, bias = unsigned_code(fmt, fmt.group * g + LANES * j + LANE)
+    packed = pack(code)
+    lo, hi = interval(code)
+    codes = packed.expr
+    if hi > 127:
+        codes, bias, lo = codes ^ splat(0x80), bias - 128, lo - 128
+    scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
+    offset, codes_ = lower(_offset(fmt, g, bias)), lower(codes)
+    read = {node.attr for e in (scale, offset, codes_) if e is not None for node in walk(e)
+            if node.op == "var"}  # fmt: skip
+    used = tuple(p for p in found.values() if p.at.attr in read)
+    reasons = (packed.scalar_because,) if packed.scalar_because else ()
+    pure = None if fmt.offset is None else lower(fmt.offset_expr(g))
+    return MemorySteps(fmt, used, scale, offset, codes_, lo < 0, None, bias, pure, reasons)

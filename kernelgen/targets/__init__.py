@@ -10,10 +10,10 @@ from kernelgen.errors import TargetError
 from kernelgen.targets.base import Target
 
 #: every target, the reference first
-NAMES = ("c",)
+NAMES = ("numpy", "c", "opencl")
 
 #: which to run on where the user does not say: the first that can
-PREFERENCE = ("c",)
+PREFERENCE = ("c", "numpy")
 
 
 def get(name: str) -> Target:

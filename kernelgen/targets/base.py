@@ -34,7 +34,7 @@ from kernelgen.ir.steps import scalar_steps
 Array = npt.NDArray[Any]
 
 #: ops and precisions, in the order in which they are listed
-OPS = ("dequantize", "quantize", "matvec", "matmul", "prepare")
+OPS = ("dequantize", "get_rows", "quantize", "matvec", "matmul", "prepare")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,25 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A grid: groups along x and y, as Python expressions of the size arguments, and the threads
+    of a group."""
+
+    groups: tuple[str, str]
+    threads: int
+
+
+def call_launch(config: Config, fmt: BlockFormat) -> Launch | None:
+    """For languages in which a call is a launch."""
+    return None
+
+
+def element_steps(fmt: BlockFormat, config: Config) -> Any:
+    """Steps for a walk that decodes element by element."""
+    return scalar_steps(fmt)
+
+
+@dataclass(frozen=True)
 class Walk:
     """A way to compute an op.
 
@@ -63,11 +82,12 @@ class Walk:
     config     what it leaves open
     arguments  of the entry point
     symbols    what the shapes' names mean that are not size arguments, in words of the sizes
-    grid       how many groups of how many threads a launch takes; "" where a call is a launch
     features   of the device that it cannot do without
     applies    why a format cannot take this walk, or None
     contract   whether a*b + c may be rounded once (the result must not be bit-exact)
     steps      what its template gets as `steps`: a format's expressions, by the loop they belong in
+    launch     the grid that a launch takes; None where a call is a launch
+    needs      ops whose kernels must run before this one, besides what the caller gives
     """
 
     name: str
@@ -77,11 +97,12 @@ class Walk:
     config: type[Config]
     arguments: tuple[Argument, ...]
     symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
-    grid: str = ""
     features: tuple[str, ...] = ()
     applies: Callable[[BlockFormat], str | None] = lambda fmt: None
     contract: bool = True
-    steps: Callable[[BlockFormat], Any] = scalar_steps
+    steps: Callable[[BlockFormat, Config], Any] = element_steps
+    launch: Callable[[Config, BlockFormat], Launch | None] = call_launch
+    needs: Callable[[Config], tuple[str, ...]] = lambda config: ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,8 @@ class Kernel:
     walk       the walk it came from, `config` what was chosen for it
     entry      name of the entry point, `arguments` what it takes
     hash       of the source
-    prepare    the kernel that repacks the weights for this one; None where it takes native blocks
+    needs      kernels that must run before this one, by op: "prepare" repacks the weights,
+               "quantize" the activations
     notes      what a reader of `list` or of the source should know
     """
 
@@ -103,7 +125,7 @@ class Kernel:
     entry: str
     source: str
     hash: str
-    prepare: Kernel | None = None
+    needs: Mapping[str, Kernel] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
 
     @property
@@ -163,6 +185,10 @@ class Runtime(Protocol):
 
     def dequantize(self, kernel: Kernel, w: Weights) -> Array:
         """Values of w, float32, of its shape."""
+        ...
+
+    def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
+        """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
         ...
 
     def quantize(self, kernel: Kernel, x: Array) -> Activations:
@@ -226,7 +252,9 @@ class Target:
     globals        what its templates may call besides
     reserved       names that a format's fields must not have in its source
     prefix         what names of entry points begin with
+    templates      folders of templates that it shares with others, beside its own
     how            what its results are worth: "run", "emulated", "compiled"
+    variants       that its runtime can be asked for, such as instruction sets; often none
     """
 
     name: str
@@ -237,15 +265,20 @@ class Target:
     capabilities: Capabilities
     indexes: tuple[tuple[str, str], ...] = ()
     support_files: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     how: str = "run"
     globals: Mapping[str, Any] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
     prefix: str = "kernelgen_"
+    variants: tuple[str, ...] = ()
 
-    def runtime(self) -> Runtime:
-        """The target's driver side, imported now."""
+    def runtime(self, variant: str = "") -> Runtime:
+        """The target's driver side, imported now, for one of `variants`; by default the best."""
+        if variant and variant not in self.variants:
+            known = f"it has {', '.join(self.variants)}" if self.variants else "it has none"
+            raise TargetError(f"target {self.name} has no variant {variant!r}; {known}")
         module = importlib.import_module(f"kernelgen.targets.{self.name}.runtime")
-        runtime: Runtime = module.runtime()
+        runtime: Runtime = module.runtime(variant) if variant else module.runtime()
         return runtime
 
     def walk(self, op: str, fmt: BlockFormat, precision: str = "") -> Walk:

@@ -31,7 +31,7 @@ from kernelgen.ir.expr import (
     where,
     word,
 )
-from kernelgen.ir.formats import FORMATS
+from kernelgen.ir.formats import FORMATS, get
 from kernelgen.ir.lanes import LANE, LANES, Packed, pack
 from kernelgen.ir.rules import simplify
 from tests.ir.strategies import FIELDS, IX, G, T, U, value
@@ -103,13 +103,12 @@ def test_group_integers_of_a_format_pack(fmt: BlockFormat, name: str) -> None:
 
 
 def test_packed_words_are_whole_word_operations() -> None:
-    by_name = {f.name: f for f in INTEGER}
-    g, j = var("g", 8), var("j", 8)
-
     def codes(name: str) -> str:
-        return str(pack(by_name[name].code_expr(32 * g + LANES * j + LANE)).expr)
+        fmt = get(name)
+        g, j = var("g", fmt.groups), var("j", fmt.group // LANES)
+        return str(pack(fmt.code_expr(fmt.group * g + LANES * j + LANE)).expr)
 
-    assert codes("q8_0") == "word(qs, g * 8 + j)"
+    assert codes("q8_0") == "word(qs, j)"
     assert codes("q4_K") == "(word(qs, g // 2 * 8 + j) >> (g % 2 * 4)) & 0x0F0F0F0F"
     assert codes("q6_K").count("word(") == 2
     assert "spread1" in codes("q5_0")
@@ -246,6 +245,7 @@ _LEAVES = (
     const(0x35, I32), (load(BIG, G % 4) >> (2 * LANE + G)) & 3, load(QS, 2 * LANE + G % 4),
     (load(BIG, 1) >> (24 - 8 * LANE)) & 255, LANE,
 )  # fmt: skip
+_AMOUNTS = (const(1, I32), const(3, I32), const(4, I32))
 
 
 @st.composite
@@ -258,11 +258,11 @@ def lane_ints(draw: Any, depth: int = 3) -> Expr:
     if kind == "mask":
         return e & draw(st.sampled_from((1, 3, 7, 15, 48, 63, 127, 240, -16)))
     if kind == ">>":
-        return e >> draw(st.sampled_from((const(1, I32), const(4, I32), const(7, I32), G, G % 2 * 4)))
+        return e >> draw(st.sampled_from((*_AMOUNTS, const(7, I32), G, G % 2 * 4)))
     if kind == "<<":
-        return (e & 15) << draw(st.sampled_from((const(1, I32), const(4, I32), G % 4)))
+        return (e & draw(st.sampled_from((15, 127)))) << draw(st.sampled_from((*_AMOUNTS, G % 4)))
     if kind == "*":
-        return (e & 7) * draw(st.sampled_from((const(3, I32), const(17, I32), G, LANE)))
+        return (e & draw(st.sampled_from((7, 127)))) * draw(st.sampled_from((*_AMOUNTS, G, LANE)))
     if kind == "table":
         values = draw(st.lists(st.integers(-128, 127), min_size=16, max_size=16))
         return table(values, e & 15)

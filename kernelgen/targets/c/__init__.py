@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kernelgen.config import Capabilities, NoConfig, RowTileConfig
+from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Field
-from kernelgen.ir.steps import steps
+from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c.dialect import ROWS, SCALAR
 
@@ -57,8 +57,13 @@ def _matmul(op: str, precision: str) -> Walk:
         ),
         symbols=_SYMBOLS,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
-        steps=steps,
+        steps=_word_steps,
+        needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
     )
+
+
+def _word_steps(fmt: BlockFormat, config: Config) -> Steps:
+    return steps(fmt)
 
 
 def _element_type(one: Field) -> str:
@@ -130,4 +135,5 @@ TARGET = Target(
     ),
     globals={"element_type": _element_type, "parameters": _parameters},
     reserved=_RESERVED,
+    variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "scalar"),
 )  # fmt: skip

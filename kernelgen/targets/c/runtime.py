@@ -281,7 +281,7 @@ class CRuntime:
     def prepare(self, kernel: Kernel, w: Weights) -> Array:
         """The bytes that `matmul` of this kernel reads: interleaved tiles, made once and kept in
         w.prepared, or the native blocks, as the configuration's layout says."""
-        if kernel.prepare is None:
+        if "prepare" not in kernel.needs:
             return w.data
         key = ("c", "interleaved", self.isa.capabilities.lanes)
         tiles: Array | None = w.prepared.get(key)
@@ -289,7 +289,7 @@ class CRuntime:
             with self._lock:
                 tiles = w.prepared.get(key)
                 if tiles is None:
-                    tiles = self._interleave(kernel.prepare, w)
+                    tiles = self._interleave(kernel.needs["prepare"], w)
                     w.prepared[key] = tiles
         return tiles
 

@@ -11,7 +11,33 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__clang__)
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "blocks are little-endian, and the words of kernelgen take them as they lie in memory"
+#endif
+
+// The words of the best instruction set that is switched on.  Two macros choose differently:
+// KERNELGEN_SCALAR   plain C
+// KERNELGEN_AVX512   AVX-512, from a header of that name that has its intrinsics (KERNELGEN_VNNI
+//                    too) on a machine that does not: how the tests run it everywhere
+#if defined(KERNELGEN_SCALAR)
+#define LANES 4
+#elif defined(KERNELGEN_AVX512) || defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#if defined(__ARM_NEON) && defined(__aarch64__) && !defined(KERNELGEN_SCALAR)
+#define NEON 1
+#else
+#define NEON 0
+#endif
+
+#if LANES == 4 && !NEON
+#define UNROLL  // each plain word is a loop already: unrolled they take ten seconds to compile
+#elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 64")
@@ -36,24 +62,19 @@ INLINE float load_f32(const void *p) { float x; memcpy(&x, p, 4); return x; }
 INLINE float bits_to_f32(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 INLINE uint32_t f32_to_bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 
-// Exact, subnormals and NaN included: the exponent is moved by a multiplication by 2^112.
+// Exact, subnormals and NaN included, also in a process that flushes subnormal floats to zero.
 INLINE float f16_to_f32(uint16_t h) {
     const uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
-    const float normal = bits_to_f32(magnitude) * 0x1p112f;
-    const float special = bits_to_f32(magnitude | 0x7F800000);
-    const uint32_t bits = f32_to_bits((h & 0x7C00) == 0x7C00 ? special : normal);
+    const uint32_t normal = magnitude + (112u << 23);
+    // a leading bit puts the digits of a subnormal into place, and is taken away again
+    const uint32_t subnormal = f32_to_bits(bits_to_f32(magnitude + (113u << 23)) - 0x1p-14f);
+    const uint32_t infinite = magnitude | 0x7F800000;
+    const uint32_t exponent = h & 0x7C00;
+    const uint32_t bits = exponent == 0 ? subnormal : exponent == 0x7C00 ? infinite : normal;
     return bits_to_f32(bits | (uint32_t)(h & 0x8000) << 16);
 }
 
 // ---- LANES rows -----------------------------------------------------------------------------
-
-#if defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(KERNELGEN_SCALAR)
-#define LANES 16
-#elif defined(__AVX2__) && defined(__F16C__) && !defined(KERNELGEN_SCALAR)
-#define LANES 8
-#else
-#define LANES 4
-#endif
 
 typedef uint32_t u32v __attribute__((vector_size(4 * LANES)));
 typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
@@ -74,6 +95,21 @@ INLINE f32v splat_f32(float x) { return (f32v){0} + x; }
 
 INLINE i32v blend(i32v condition, i32v a, i32v b) { return (a & condition) | (b & ~condition); }
 
+// An entry for each row, of tables that are too large for `lookup`.
+#define gather(table, index) \
+    _Generic((table)[0], float: gather_f32, int32_t: gather_i32, uint8_t: gather_u8, \
+             int8_t: gather_i8)(table, index)
+#define GATHER(name, entry, vector)                            \
+    INLINE vector name(const entry *table, i32v index) {       \
+        vector y;                                              \
+        for (int n = 0; n < LANES; n++) y[n] = table[index[n]]; \
+        return y;                                              \
+    }
+GATHER(gather_f32, float, f32v)
+GATHER(gather_i32, int32_t, i32v)
+GATHER(gather_u8, uint8_t, i32v)
+GATHER(gather_i8, int8_t, i32v)
+
 // Byte l of each lane becomes bit l of x, l = 0..3: the product puts copies of the four bits at
 // distances of 7, so that bit l arrives at the bottom of byte l.
 INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
@@ -82,16 +118,21 @@ INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 #include "words_avx512.h"
 #elif LANES == 8
 #include "words_avx2.h"
-#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD) && !defined(KERNELGEN_SCALAR)
+#elif NEON
 #include "words_neon.h"
 #else
 #include "words_plain.h"
 #endif
 
-// How many products one lane of a partial sum takes before it may overflow, for codes up to
-// code_max against activations up to 127, at most the `words` of a group.
-#define STEPS(code_max, words) \
-    ((PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max))) < (words)                        \
-         ? (PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max))) : (words))
+// How many words a partial sum takes before it may overflow, for codes up to code_max against
+// activations up to 127: all `words` of a group, or a number that divides them.
+#define MOST_STEPS(code_max) (PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max)))
+#define DIVIDES(n, code_max, words) ((n) <= MOST_STEPS(code_max) && (words) % (n) == 0)
+#define STEPS(code_max, words)                     \
+    (DIVIDES(words, code_max, words) ? (words)     \
+     : DIVIDES(8, code_max, words)   ? 8           \
+     : DIVIDES(4, code_max, words)   ? 4           \
+     : DIVIDES(3, code_max, words)   ? 3           \
+     : DIVIDES(2, code_max, words)   ? 2 : 1)
 
 #endif

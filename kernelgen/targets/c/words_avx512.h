@@ -1,7 +1,6 @@
 // AVX-512: sixteen rows.  With VNNI one instruction multiplies and adds four bytes a lane.
-#ifdef KERNELGEN_SIMDE
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
+#if defined(KERNELGEN_AVX512)
+#include KERNELGEN_AVX512
 #else
 #include <immintrin.h>
 #endif
@@ -32,7 +31,7 @@ INLINE u32v lookup(const int8_t *table, u32v index) {
     return (u32v)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), (__m512i)index);
 }
 
-#if defined(__AVX512VNNI__) || defined(KERNELGEN_SIMDE)
+#if defined(__AVX512VNNI__) || defined(KERNELGEN_VNNI)
 
 typedef i32v partial;
 #define PARTIAL_MAX 2147483647

@@ -1,0 +1,191 @@
+"""Runtimes of targets whose kernels run over a grid of threads in a device's own memory.
+
+A target brings a `Driver`: buffers, programs, launches.  What an op needs of them is here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from kernelgen.config import Capabilities
+from kernelgen.errors import ShapeError
+from kernelgen.ir.layout import named_layout
+from kernelgen.ir.ops import Activations
+from kernelgen.targets.base import Array, Kernel, Weights
+
+Buffer = Any
+
+
+class Driver(Protocol):
+    """A device and its memory."""
+
+    def key(self) -> Hashable:
+        """Tells buffers of this device from those of others."""
+        ...
+
+    def upload(self, array: Array) -> Buffer:
+        """A buffer with the bytes of a C-contiguous array."""
+        ...
+
+    def empty(self, nbytes: int) -> Buffer:
+        """A buffer of that many bytes, of any content."""
+        ...
+
+    def download(self, buffer: Buffer, out: Array) -> None:
+        """Wait for what was launched, and fill a C-contiguous array from the buffer."""
+        ...
+
+    def program(self, kernel: Kernel) -> Any:
+        """The kernel, compiled."""
+        ...
+
+    def launch(
+        self, program: Any, groups: tuple[int, int], threads: int,
+        buffers: Sequence[Buffer], sizes: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Start a grid; buffers and sizes in the kernel's order."""
+        ...
+
+
+class Launcher:
+    """A compiled kernel that takes buffers and sizes by name."""
+
+    def __init__(self, driver: Driver, kernel: Kernel) -> None:
+        launch = kernel.walk.launch(kernel.config, kernel.format)
+        assert launch is not None
+        self._driver = driver
+        self._program = driver.program(kernel)
+        self._threads = launch.threads
+        # two expressions of our own manifest, evaluated at every launch
+        self._groups = [compile(text, "<grid>", "eval") for text in launch.groups]
+        self._buffers = [a.name for a in kernel.arguments if a.role != "size"]
+        self._sizes = [a.name for a in kernel.arguments if a.role == "size"]
+
+    def __call__(self, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]) -> None:
+        """Start the kernel; nothing is launched where the grid is empty."""
+        x, y = (eval(code, {"min": min}, dict(sizes)) for code in self._groups)
+        if x and y:
+            self._driver.launch(
+                self._program, (x, y), self._threads,
+                [buffers[n] for n in self._buffers], [sizes[n] for n in self._sizes],
+            )  # fmt: skip
+
+
+class DeviceRuntime:
+    """The ops of `kernelgen.targets.base.Runtime` over a driver.
+
+    Subclasses add `available`, `capabilities` and `describe`, and give the driver on first use.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._launchers: dict[Kernel, Launcher] = {}
+        self._lock = threading.RLock()
+
+    def driver(self) -> Driver:
+        """The device; opened on first use."""
+        raise NotImplementedError
+
+    def capabilities(self) -> Capabilities:
+        """What configurations may count on here."""
+        raise NotImplementedError
+
+    def launcher(self, kernel: Kernel) -> Launcher:
+        """The kernel, compiled once."""
+        found = self._launchers.get(kernel)
+        if found is None:
+            with self._lock:
+                found = self._launchers.get(kernel)
+                if found is None:
+                    found = self._launchers[kernel] = Launcher(self.driver(), kernel)
+        return found
+
+    def prepare(self, kernel: Kernel, w: Weights) -> Buffer:
+        """The weights in device memory, in the layout of the kernel; kept in w.prepared."""
+        layout = named_layout(kernel.config.as_dict()["layout"])
+        key = (self.name, self.driver().key(), layout)
+        found = w.prepared.get(key)
+        if found is None:
+            with self._lock:
+                found = w.prepared.get(key)
+                if found is None:
+                    k = w.shape[-1]
+                    rows = w.data.reshape(-1, w.format.row_bytes(k))
+                    packed = rows if layout.name == "native" else layout.pack(rows, w.format, k)
+                    found = w.prepared[key] = self.driver().upload(packed)
+        return found
+
+    def dequantize(self, kernel: Kernel, w: Weights) -> Array:
+        """Values of w, float32, of its shape."""
+        y = np.empty(w.shape, np.float32)
+        n = y.size // w.shape[-1]
+        self._decode(kernel, w, y, {}, {"N": n, "K": w.shape[-1]})
+        return y
+
+    def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
+        """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
+        n, k = w.shape
+        if ids.size and not (0 <= ids.min() and ids.max() < n):
+            raise ShapeError(
+                f"rows {ids.min()}..{ids.max()} were asked for; the matrix has rows 0..{n - 1}"
+            )
+        y = np.empty((len(ids), k), np.float32)
+        buffers = {"ids": self.driver().upload(np.ascontiguousarray(ids, np.uint32))}
+        self._decode(kernel, w, y, buffers, {"ROWS": len(ids), "N": n, "K": k})
+        return y
+
+    def _decode(
+        self, kernel: Kernel, w: Weights, y: Array, buffers: dict[str, Buffer], sizes: dict[str, int]
+    ) -> None:
+        if y.size == 0:
+            return
+        buffers |= {"w": self.prepare(kernel, w), "y": self.driver().empty(y.nbytes)}
+        self.launcher(kernel)(buffers, sizes)
+        self.driver().download(buffers["y"], y)
+
+    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+        """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
+        x = np.ascontiguousarray(x, np.float32)
+        m, k = x.shape
+        fmt, driver = kernel.format, self.driver()
+        fmt.row_bytes(k)
+        q = np.empty((m, k), np.int8)
+        scale = np.empty((m, k // fmt.block), np.float32)
+        sums = np.empty((m, k // fmt.group), np.float32)
+        buffers = self._quantized(kernel, driver.upload(x), m, k)
+        for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
+            driver.download(buffers[name], array)
+        return Activations(q, scale, sums)
+
+    def _quantized(self, kernel: Kernel, x: Buffer, m: int, k: int) -> dict[str, Buffer]:
+        empty, fmt = self.driver().empty, kernel.format
+        buffers = {
+            "x": x, "xq": empty(m * k), "xd": empty(4 * m * k // fmt.block),
+            "xs": empty(4 * m * k // fmt.group),
+        }  # fmt: skip
+        self.launcher(kernel)(buffers, {"M": m, "K": k})
+        return buffers
+
+    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+        launcher, driver = self.launcher(kernel), self.driver()
+        quantize = kernel.needs.get("quantize")
+
+        def run(x: Array, w: Weights, y: Array) -> None:
+            (m, k), n = x.shape, w.shape[0]
+            if y.size == 0:
+                return
+            weights = self.prepare(kernel, w)
+            buffers = {"x": driver.upload(x)}
+            if quantize is not None:
+                buffers = self._quantized(quantize, buffers["x"], m, k)
+            buffers |= {"w": weights, "y": driver.empty(y.nbytes)}
+            launcher(buffers, {"M": m, "N": n, "K": k})
+            driver.download(buffers["y"], y)
+
+        return run

@@ -1,0 +1,143 @@
+"""The numpy target: the reference as Python source that needs numpy alone."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import textwrap
+
+from kernelgen.config import Capabilities, NoConfig
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import Expr, Field
+from kernelgen.targets.base import Argument, Printer, Target, Walk
+from kernelgen.targets.numpy.dialect import ARRAYS, statement
+from kernelgen.targets.numpy.steps import ArraySteps, array_steps
+
+_WEIGHTS = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
+_X = Argument("x", "in", "f32", ("M", "K"))
+_SYMBOLS = {
+    "M": "rows of x",
+    "N": "rows of w",
+    "R": "rows asked for",
+    "K": "elements in a row",
+    "COUNT": "rows of blocks",
+    "ROW_BYTES": "K / block * block_bytes",
+    "BLOCKS": "K / block",
+    "GROUPS": "K / group",
+}
+
+#: what Python and the templates call something; a format's field of that name gets an underscore
+_RESERVED = frozenset(
+    [*keyword.kwlist, *keyword.softkwlist, *dir(builtins)]
+    + ["np", "npt", "BLOCK", "BLOCK_BYTES", "CHUNK", "GROUP", "SMALLEST", "decode"]
+    + ["blocks", "code", "g", "i", "offset", "scale"]
+)
+
+
+def _integer_codes(fmt: BlockFormat) -> str | None:
+    if fmt.float_codes:
+        return f"elements of {fmt.name} are floats, which have no integer dot product"
+    return None
+
+
+def _matmul(op: str, precision: str) -> Walk:
+    return Walk(
+        name=f"rows_{precision}",
+        op=op,
+        precision=precision,
+        template=f"matmul_{precision}.py.j2",
+        config=NoConfig,
+        arguments=(_X, _WEIGHTS, Argument("y", "result", "f32", ("M", "N"))),
+        symbols=_SYMBOLS,
+        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        steps=array_steps,
+    )
+
+
+#: how a field's bytes are read, and the type that its elements are computed with
+_READS = {
+    "u8": ("", "int32"),
+    "i8": (".view(np.int8)", "int32"),
+    "u16": ('.view("<u2")', "int32"),
+    "i16": ('.view("<i2")', "int32"),
+    "u32": ('.view("<u4")', "uint32"),
+    "f16": ('.view("<f2")', "float32"),
+    "f32": ('.view("<f4")', "float32"),
+}
+
+
+def _read(one: Field) -> str:
+    """A field of the array `blocks`: (blocks, elements of the field)."""
+    view, dtype = _READS[one.storage.name]
+    return f"blocks[:, {one.offset}:{one.offset + one.nbytes}]{view}.astype(np.{dtype})"
+
+
+def _of_elements(steps: ArraySteps, expr: Expr, arrays: Printer) -> str:
+    """An expression of groups as it is used for elements."""
+    repeat = steps.fmt.group > 1 and steps.per_group(expr)
+    return f"np.repeat({arrays(expr)}, {steps.fmt.group}, axis=-1)" if repeat else arrays(expr)
+
+
+def _prose(text: str) -> str:
+    """Text of a format's author that can stand in a docstring, in lines that are not too long."""
+    plain = " ".join(text.replace("\\", "\\\\").replace('"', "'").split())
+    return "\n".join(textwrap.wrap(plain, 100))
+
+
+def _table(name: str, values: tuple[int | float, ...]) -> str:
+    """The definition of a table."""
+    dtype = "float32" if any(isinstance(v, float) for v in values) else "int32"
+    inside = ", ".join(repr(v).replace("inf", "np.inf").replace("nan", "np.nan") for v in values)
+    line = f"{name} = np.array([{inside}], np.{dtype})"
+    if len(line) <= 100:
+        return line
+    wrapped = textwrap.fill(inside, 100, initial_indent="    ", subsequent_indent="    ")
+    return f"{name} = np.array([\n{wrapped},\n], np.{dtype})"
+
+
+TARGET = Target(
+    name="numpy",
+    description="readable Python on numpy arrays: the reference",
+    suffix=".py",
+    walks=(
+        Walk(
+            "blocks", "dequantize", "", "dequantize.py.j2", NoConfig,
+            (
+                Argument("blocks", "in", "u8", ("COUNT", "BLOCK_BYTES")),
+                Argument("y", "result", "f32", ("COUNT", "BLOCK")),
+            ),
+            symbols=_SYMBOLS, contract=False, steps=array_steps,
+        ),
+        Walk(
+            "rows", "get_rows", "", "get_rows.py.j2", NoConfig,
+            (
+                _WEIGHTS,
+                Argument("ids", "in", "i64", ("R",)),
+                Argument("y", "result", "f32", ("R", "K")),
+            ),
+            symbols=_SYMBOLS, contract=False, steps=array_steps,
+        ),
+        Walk(
+            "absmax", "quantize", "int8", "quantize.py.j2", NoConfig,
+            (
+                _X,
+                Argument("q", "result", "i8", ("M", "K")),
+                Argument("scale", "result", "f32", ("M", "BLOCKS")),
+                Argument("sums", "result", "f32", ("M", "GROUPS")),
+            ),
+            symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=array_steps,
+        ),
+        _matmul("matvec", "int8"),
+        _matmul("matvec", "fp32"),
+        _matmul("matmul", "int8"),
+        _matmul("matmul", "fp32"),
+    ),
+    dialects={"arrays": ARRAYS},
+    capabilities=Capabilities(),
+    globals={
+        "of_elements": _of_elements, "prose": _prose, "read": _read, "statement": statement,
+        "table": _table,
+    },
+    reserved=_RESERVED,
+    prefix="",
+)  # fmt: skip

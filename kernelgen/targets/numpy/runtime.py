@@ -1,0 +1,97 @@
+"""Runs the generated Python: compiles its text, with lines that tracebacks can show."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import platform
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kernelgen.config import Capabilities
+from kernelgen.ir.ops import Activations
+from kernelgen.targets.base import Array, Kernel, Weights
+
+
+class NumpyRuntime:
+    """The numpy target on this machine."""
+
+    def __init__(self) -> None:
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def available(self) -> str | None:
+        """None: kernelgen itself needs numpy."""
+        return None
+
+    def capabilities(self) -> Capabilities:
+        """Nothing that a configuration could count on."""
+        return Capabilities()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """numpy, and the library that multiplies for it."""
+        return [{"device": platform.machine(), "numpy": np.__version__, "blas": blas()}]
+
+    def dequantize(self, kernel: Kernel, w: Weights) -> Array:
+        """Values of w, float32, of its shape."""
+        blocks = w.data.reshape(-1, w.format.nbytes)
+        values: Array = self.function(kernel)(blocks).reshape(w.shape)
+        return values
+
+    def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
+        """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
+        rows: Array = self.function(kernel)(w.data.reshape(-1, w.data.shape[-1]), ids)
+        return rows
+
+    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+        """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
+        kernel.format.row_bytes(x.shape[1])
+        return Activations(*self.function(kernel)(x))
+
+    def prepare(self, kernel: Kernel, w: Weights) -> Array:
+        """The native blocks."""
+        return w.data
+
+    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+        function = self.function(kernel)
+
+        def run(x: Array, w: Weights, y: Array) -> None:
+            y[...] = function(x, w.data)
+
+        return run
+
+    def function(self, kernel: Kernel) -> Callable[..., Any]:
+        """The entry point of a kernel's source."""
+        with self._lock:
+            found = self._functions.get(kernel.hash)
+            if found is None:
+                found = self._functions[kernel.hash] = _load(kernel)
+            return found
+
+
+def _load(kernel: Kernel) -> Callable[..., Any]:
+    name = f"<kernelgen {kernel.entry} {kernel.hash}>"
+    # entries without a time of change are never looked for on disk
+    lines = kernel.source.splitlines(keepends=True)
+    linecache.cache[name] = (len(kernel.source), None, lines, name)
+    module: dict[str, Any] = {"__name__": f"kernelgen_generated_{kernel.entry}"}
+    exec(compile(kernel.source, name, "exec"), module)
+    function: Callable[..., Any] = module[kernel.entry]
+    return function
+
+
+def blas() -> str:
+    """Name and version of the BLAS that numpy was built with."""
+    config: Any = np.show_config(mode="dicts")
+    found = config.get("Build Dependencies", {}).get("blas", {})
+    return " ".join(filter(None, (found.get("name"), found.get("version")))) or "unknown"
+
+
+@functools.cache
+def runtime(variant: str = "") -> NumpyRuntime:
+    """The runtime."""
+    return NumpyRuntime()

@@ -1,0 +1,27 @@
+"""The OpenCL target: OpenCL C 1.2, through pyopencl."""
+
+from __future__ import annotations
+
+from kernelgen.config import Capabilities
+from kernelgen.targets import simt
+from kernelgen.targets.base import Target
+from kernelgen.targets.opencl.dialect import MEMORY, OpenCLWords
+
+_KEYWORDS = frozenset(
+    "auto bool break case char const constant continue default do double else enum extern float"
+    " for global goto half if inline int kernel local long private register restrict return short"
+    " signed sizeof static struct switch typedef uchar uint ulong union unsigned ushort void"
+    " volatile while min max rint bytes dot4 lookup nearest spread1".split()
+)
+
+TARGET = Target(
+    name="opencl",
+    description="OpenCL C 1.2",
+    suffix=".cl",
+    walks=simt.walks(),
+    dialects={"memory": MEMORY},
+    capabilities=Capabilities(max_threads=256, shared_bytes=32768),
+    templates=(simt.TEMPLATES,),
+    globals=simt.template_globals(OpenCLWords()) | {"words": "words.cl"},
+    reserved=simt.RESERVED | _KEYWORDS,
+)

@@ -1,0 +1,102 @@
+"""The words of OpenCL C 1.2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kernelgen.targets.base import Argument, Dialect
+
+MEMORY = Dialect(
+    {
+        "constant.f32": "{x}f",
+        "constant.u32": "{x}u",
+        "select": "({condition} ? {a} : {b})",
+        "blend": "({condition} ? {a} : {b})",
+        "cast.i32>f32": "f32({x})",
+        "cast.u32>f32": "f32({x})",
+        "cast.i32>u32": "u32({x})",
+        "cast.u32>i32": "i32({x})",
+        "bitcast.i32>f32": "as_float({x})",
+        "bitcast.u32>f32": "as_float({x})",
+        "bitcast.f32>u32": "as_uint({x})",
+        "bitcast.i32>u32": "as_uint({x})",
+        "bitcast.u32>i32": "as_int({x})",
+        "table": "{table}[{index}]",
+        "lookup": "lookup({table}, {index})",
+        "spread1": "spread1({x})",
+        "fetch.u8.1": "i32(w[{address}])",
+        "fetch.i8.1": "i32(as_char(w[{address}]))",
+        "fetch.u16.1": "i32(u16_bytes(w + ({address})))",
+        "fetch.u16.2": "i32(u16_aligned(w + ({address})))",
+        "fetch.i16.1": "i32(as_short(u16_bytes(w + ({address}))))",
+        "fetch.i16.2": "i32(as_short(u16_aligned(w + ({address}))))",
+        "fetch.u32.1": "u32_bytes(w + ({address}))",
+        "fetch.u32.2": "u32_halves(w + ({address}))",
+        "fetch.u32.4": "u32_aligned(w + ({address}))",
+        "fetch.f16.1": "f16_bytes(w + ({address}))",
+        "fetch.f16.2": "f16_aligned(w + ({address}))",
+        "fetch.f32.1": "as_float(u32_bytes(w + ({address})))",
+        "fetch.f32.2": "as_float(u32_halves(w + ({address})))",
+        "fetch.f32.4": "as_float(u32_aligned(w + ({address})))",
+    },
+    operators={"//": "/"},
+)
+
+_TYPES = {"f32": "float", "u32": "uint", "i32": "int", "u8": "uchar", "i8": "char"}
+
+
+class OpenCLWords:
+    """The statements of OpenCL C (see kernelgen.targets.simt.Words)."""
+
+    def constant(self, name: str, value: int) -> str:
+        """A u32 known when the kernel is compiled."""
+        return f"#define {name} {value}u"
+
+    def table(self, name: str, values: tuple[int, ...]) -> str:
+        """A table of signed bytes."""
+        return f"__constant char {name}[{len(values)}] = {{{', '.join(map(str, values))}}};"
+
+    def kernel(
+        self,
+        entry: str,
+        arguments: tuple[Argument, ...],
+        threads: int,
+        shared: Mapping[str, tuple[str, int]],
+    ) -> str:
+        """The head of a kernel."""
+        parameters = []
+        for one in arguments:
+            if one.role == "size":
+                parameters.append(f"const uint {one.name}")
+            else:
+                const = "const " if one.role == "in" else ""
+                parameters.append(f"__global {const}{_TYPES[one.dtype]} *restrict {one.name}")
+        lines = [
+            f"__kernel __attribute__((reqd_work_group_size({threads}, 1, 1)))",
+            f"void {entry}({', '.join(parameters)}) {{",
+            *(f"    __local {_TYPES[t]} {name}[{count}];" for name, (t, count) in shared.items()),
+            "    const uint thread = get_local_id(0), group_x = get_group_id(0);",
+            "    const uint group_y = get_group_id(1), groups_y = get_num_groups(1);",
+        ]
+        return "\n".join(lines)
+
+    def let(self, dtype: str, name: str, value: str) -> str:
+        """A value that does not change."""
+        return f"const {_TYPES[dtype]} {name} = {value};"
+
+    def var(self, dtype: str, name: str, value: str) -> str:
+        """A variable."""
+        return f"{_TYPES[dtype]} {name} = {value};"
+
+    def array(self, dtype: str, name: str, count: int) -> str:
+        """An array of one thread, all zero."""
+        return f"{_TYPES[dtype]} {name}[{count}] = {{0}};"
+
+    def repeat(self, name: str, start: str | int, stop: str | int, step: str | int = 1) -> str:
+        """The head of a loop over a u32."""
+        following = f"{name}++" if step == 1 else f"{name} += {step}"
+        return f"for (uint {name} = {start}; {name} < {stop}; {following}) {{"
+
+    def barrier(self) -> str:
+        """All threads of a group meet."""
+        return "barrier(CLK_LOCAL_MEM_FENCE);"

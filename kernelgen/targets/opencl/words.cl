@@ -1,0 +1,34 @@
+// Words of kernelgen in OpenCL C 1.2.
+#define i32(x) ((int)(x))
+#define u32(x) ((uint)(x))
+#define f32(x) ((float)(x))
+#define f32_bits(x) as_uint(x)
+#define bits_f32(x) as_float(x)
+#define nearest(x) rint(x)
+
+typedef __global const uchar *bytes;
+
+inline uint u16_bytes(bytes p) { return p[0] | (uint)p[1] << 8; }
+inline uint u16_aligned(bytes p) { return *(__global const ushort *)p; }
+inline uint u32_bytes(bytes p) { return as_uint(vload4(0, p)); }
+inline uint u32_halves(bytes p) { return as_uint(vload2(0, (__global const ushort *)p)); }
+inline uint u32_aligned(bytes p) { return *(__global const uint *)p; }
+inline float f16_aligned(bytes p) { return vload_half(0, (__global const half *)p); }
+inline float f16_bytes(bytes p) {
+    const ushort x = u16_bytes(p);
+    return vload_half(0, (const half *)&x);
+}
+
+// Four products of signed bytes, added to a sum.
+inline int dot4(uint a, uint b, int sum) {
+    const int4 products = convert_int4(as_char4(a)) * convert_int4(as_char4(b));
+    return sum + products.s0 + products.s1 + products.s2 + products.s3;
+}
+
+// Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.
+inline uint spread1(uint x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
+
+inline uint lookup(__constant const char *table, uint x) {
+    return as_uint((char4)(table[x & 15], table[(x >> 8) & 15], table[(x >> 16) & 15], table[(x >> 24) & 15]));
+}
+

@@ -1,0 +1,366 @@
+"""Formats decode bit for bit as ggml's own Python package does, and bad ones are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from kernelgen.errors import FormatError
+from kernelgen.ir import formats
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.expr import F32, Expr, const, table, var
+from kernelgen.ir.formats import FORMATS
+from tests.ir.blocks import all_blocks, edge_blocks, random_blocks
+
+Array = npt.NDArray[Any]
+
+TYPES = {t.name.lower(): t for t in GGMLQuantizationType}
+#: formats whose blocks only ever hold activations: gguf has no decoder for them
+ACTIVATIONS = ("q8_1", "q8_K")
+
+every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+
+
+def assert_same_bits(seen: Array, expected: Array) -> None:
+    """Equal to the last bit, the sign of zero included."""
+    assert seen.dtype == expected.dtype == np.float32
+    assert seen.shape == expected.shape
+    wrong = np.argwhere(seen.view(np.uint32) != expected.view(np.uint32))
+    where = tuple(wrong[0]) if len(wrong) else ()
+    assert len(wrong) == 0, f"{len(wrong)} differ; at {where} {seen[where]} != {expected[where]}"
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.name not in ACTIVATIONS], ids=repr)
+def test_decode_is_that_of_gguf(fmt: BlockFormat) -> None:
+    blocks = all_blocks(fmt)
+    with np.errstate(all="ignore"):
+        expected = quants.dequantize(blocks, TYPES[fmt.name.lower()])
+    assert_same_bits(fmt.decode(blocks), expected.reshape(-1, fmt.block))
+
+
+def test_f16_beyond_the_finite() -> None:
+    blocks = np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2)
+    seen = formats.get("f16").decode(blocks)[:, 0]
+    assert np.array_equal(seen, blocks.view("<f2")[:, 0].astype(np.float32), equal_nan=True)
+
+
+def test_q8_1_against_its_definition() -> None:
+    """block_q8_1: half d, half s, int8 qs[32]; x = d * qs, and s = d * sum of qs is no part."""
+    fmt = formats.get("q8_1")
+    blocks = all_blocks(fmt)
+    d = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    assert_same_bits(fmt.decode(blocks), d * blocks[:, 4:].view(np.int8).astype(np.float32))
+
+
+def test_q8_k_against_its_definition() -> None:
+    """block_q8_K: float d, int8 qs[256], int16 bsums[16]; x = d * qs, bsums are no part."""
+    fmt = formats.get("q8_K")
+    blocks = all_blocks(fmt)
+    d = blocks[:, :4].copy().view("<f4")
+    with np.errstate(over="ignore"):
+        expected = d * blocks[:, 4:260].view(np.int8).astype(np.float32)
+    assert_same_bits(fmt.decode(blocks), expected)
+
+
+@every_format
+def test_sizes_are_those_of_ggml(fmt: BlockFormat) -> None:
+    expected = GGML_QUANT_SIZES[TYPES[fmt.name.lower()]]
+    if fmt.name == "q8_1":
+        # gguf counts two floats as ggml once had; ggml-common.h has two halves since 2024
+        assert expected == (32, 40)
+        expected = (32, 36)
+    assert (fmt.block, fmt.nbytes) == expected
+
+
+def test_gguf_knows_no_format_of_this_family_that_is_missing() -> None:
+    ours = {f.name.lower() for f in FORMATS}
+    family = {t.name.lower() for t in TYPES.values() if t.name.startswith(("Q4", "Q5", "Q6"))}
+    assert family <= ours
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (3,), (2, 3), (2, 1, 4)], ids=str)
+@every_format
+def test_decode_keeps_leading_dimensions(fmt: BlockFormat, shape: tuple[int, ...]) -> None:
+    blocks = random_blocks(fmt, int(np.prod(shape, dtype=int)))
+    seen = fmt.decode(blocks.reshape(*shape, fmt.nbytes))
+    assert seen.shape == (*shape, fmt.block)
+    assert_same_bits(seen.reshape(-1, fmt.block), fmt.decode(blocks))
+
+
+def test_decode_of_more_blocks_than_one_step_takes() -> None:
+    fmt = formats.get("q8_K")
+    few = random_blocks(fmt, 7)
+    many = np.tile(few, (300, 1))
+    assert_same_bits(fmt.decode(many), np.tile(fmt.decode(few), (300, 1)))
+
+
+def test_decode_of_blocks_that_are_not_contiguous() -> None:
+    fmt = formats.get("q5_K")
+    blocks = random_blocks(fmt, 8)
+    assert_same_bits(fmt.decode(blocks[::-2]), fmt.decode(blocks)[::-2])
+    assert_same_bits(fmt.decode(np.asfortranarray(blocks)), fmt.decode(blocks))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [np.zeros((2, 17), np.uint8), np.zeros((2, 18), np.int8), np.zeros((2, 9), np.uint16)],
+    ids=lambda b: f"{b.dtype}{b.shape}",
+)
+def test_decode_of_other_arrays_is_an_error(blocks: Array) -> None:
+    with pytest.raises(FormatError, match=r"q4_0 blocks are uint8 arrays of shape \(\.\.\., 18\)"):
+        formats.get("q4_0").decode(blocks)
+
+
+@every_format
+def test_split_and_join_are_inverse(fmt: BlockFormat) -> None:
+    blocks = edge_blocks(fmt)
+    fields = fmt.split(blocks)
+    assert list(fields) == list(fmt.fields)
+    assert all(fields[f.name].shape == (len(blocks), f.count) for f in fmt.layout_fields)
+    assert np.array_equal(fmt.join(fields), blocks)
+
+
+# --- what is derived from a description ---------------------------------------------------------
+
+
+def values_of(fmt: BlockFormat, expr: Expr | None, name: str, count: int, blocks: Array) -> Array:
+    zero = np.zeros((len(blocks), count), np.float32)
+    if expr is None:
+        return zero
+    return zero + evaluate(expr, {name: np.arange(count)}, fmt.split(blocks))
+
+
+@every_format
+def test_value_is_scale_times_code_plus_offset(fmt: BlockFormat) -> None:
+    blocks = random_blocks(fmt, 50)
+    i, g = var("i", fmt.block), var("g", fmt.groups)
+    code = values_of(fmt, fmt.code_expr(i), "i", fmt.block, blocks).astype(np.float64)
+    scale = values_of(fmt, fmt.scale_expr(g), "g", fmt.groups, blocks).astype(np.float64)
+    offset = values_of(fmt, fmt.total_offset_expr(g), "g", fmt.groups, blocks).astype(np.float64)
+    each = [np.repeat(one, fmt.group, axis=1) for one in (scale, offset)]
+    size = np.abs(each[0] * code) + np.abs(each[1])
+    with np.errstate(all="ignore"):
+        wrong = np.abs(each[0] * code + each[1] - fmt.decode(blocks)) > 1e-6 * size
+    assert not wrong.any()
+
+
+@every_format
+def test_codes_stay_in_their_range(fmt: BlockFormat) -> None:
+    if fmt.float_codes:
+        return
+    lo, hi = fmt.code_range
+    codes = values_of(fmt, fmt.code_expr(var("i", fmt.block)), "i", fmt.block, all_blocks(fmt))
+    assert (codes.min(), codes.max()) == (lo, hi)
+
+
+RANGES = {
+    "q4_0": (0, 15), "q4_1": (0, 15), "q5_0": (0, 31), "q5_1": (0, 31), "q8_0": (-128, 127),
+    "q8_1": (-128, 127), "q2_K": (0, 3), "q3_K": (0, 7), "q4_K": (0, 15), "q5_K": (0, 31),
+    "q6_K": (0, 63), "q8_K": (-128, 127), "iq4_nl": (-127, 113), "mxfp4": (-12, 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_code_range(name: str) -> None:
+    assert formats.get(name).code_range == RANGES[name]
+
+
+def test_properties() -> None:
+    fmt = formats.get("q6_K")
+    assert (fmt.groups, fmt.bits, fmt.float_codes) == (16, 6.5625, False)
+    assert [f.offset for f in fmt.layout_fields] == [0, 128, 192, 208]
+    assert formats.get("bf16").float_codes
+    assert repr(fmt) == "BlockFormat(q6_K)"
+    assert fmt.total_offset_expr(const(0, var("g", 1).dtype)) is not None
+    assert formats.get("q8_0").total_offset_expr(var("g", 1)) is None
+
+
+def test_row_bytes() -> None:
+    assert formats.get("q4_K").row_bytes(1024) == 4 * 144
+    assert formats.get("f16").row_bytes(3) == 6
+
+
+@pytest.mark.parametrize("k", [0, -32, 31, 33])
+def test_row_bytes_of_part_of_a_block_is_an_error(k: int) -> None:
+    text = f"a row of {k} elements was asked for in q4_0, .* positive multiple of 32: pad"
+    with pytest.raises(FormatError, match=text):
+        formats.get("q4_0").row_bytes(k)
+
+
+# --- the list of formats ------------------------------------------------------------------------
+
+
+@every_format
+def test_formats_are_found_by_name_in_any_case(fmt: BlockFormat) -> None:
+    assert formats.get(fmt.name) is formats.get(fmt.name.upper()) is fmt
+    assert fmt in formats.formats()
+    assert fmt.source
+
+
+@every_format
+def test_pickling_gives_the_same_format(fmt: BlockFormat) -> None:
+    assert pickle.loads(pickle.dumps(fmt)) is fmt
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(FormatError, match="format 'q4_9' is not known; known are f32, f16,"):
+        formats.get("q4_9")
+
+
+# --- formats of users ---------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {
+    "name": "made_up", "block": 32, "group": 16, "nbytes": 20,
+    "fields": {"d": "f16[2]", "qs": "u8[16]"},
+    "code": lambda b, i: (b.qs[i % 16] >> (4 * (i // 16))) & 15,
+    "scale": lambda b, g: b.d[g],
+}  # fmt: skip
+
+
+@pytest.fixture
+def made_up() -> Iterator[BlockFormat]:
+    yield formats.register(BlockFormat(**GOOD))
+    formats.unregister("made_up")
+
+
+def test_a_registered_format_is_known(made_up: BlockFormat) -> None:
+    assert formats.get("Made_Up") is made_up
+    assert made_up in formats.formats()
+    assert made_up not in FORMATS
+    assert pickle.loads(pickle.dumps(made_up)) is made_up
+    assert formats.register(made_up) is made_up
+    with pytest.raises(FormatError, match="format MADE_UP is already registered"):
+        formats.register(dataclasses.replace(made_up, name="MADE_UP"))
+
+
+def test_an_unregistered_format_is_forgotten() -> None:
+    formats.register(BlockFormat(**GOOD))
+    formats.unregister("made_up")
+    with pytest.raises(FormatError, match="'made_up' is not known"):
+        formats.get("made_up")
+
+
+def test_formats_of_kernelgen_stay() -> None:
+    with pytest.raises(FormatError, match="q4_0 comes with kernelgen and cannot be unregistered"):
+        formats.unregister("q4_0")
+    with pytest.raises(FormatError, match="already registered"):
+        formats.register(BlockFormat(**GOOD | {"name": "Q4_0"}))
+
+
+def test_a_made_up_format_decodes() -> None:
+    fmt = BlockFormat(**GOOD)
+    blocks = random_blocks(fmt, 9)
+    d = blocks[:, :4].copy().view("<f2").astype(np.float32)
+    nibbles = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)
+    assert_same_bits(fmt.decode(blocks), np.repeat(d, 16, axis=1) * nibbles.astype(np.float32))
+
+
+def test_every_kind_of_field_decodes() -> None:
+    fmt = BlockFormat(
+        name="all_kinds", block=4, group=4, nbytes=18,
+        fields={"a": "i8", "b": "u8", "c": "u16", "d": "i16", "e": "u32", "f": "f32", "g": "i8[4]"},
+        code=lambda b, i: b.g[i],
+        scale=lambda b, g: b.a * b.f,
+        offset=lambda b, g: (b.b + b.c) * 1.0 - b.d + (b.e & 255),
+    )  # fmt: skip
+    blocks = np.array([[255, 200, 1, 2, 0, 128, 7, 0, 0, 1, 0, 0, 0, 63, 1, 2, 128, 255]], np.uint8)
+    offset = 200 + 513 + 32768 + 7
+    assert fmt.decode(blocks).tolist() == [[-0.5 * v + offset for v in (1, 2, -128, -1)]]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "size": ({"nbytes": 19}, "fields take 20 bytes, but nbytes says 19"),
+    "storage": ({"fields": {"d": "f16[2]", "qs": "u7[16]"}}, "field qs is declared 'u7[16]'; write"),
+    "count": ({"fields": {"d": "f16[2]", "qs": "u8[x]"}}, "field qs is declared 'u8[x]'; write a"),
+    "name": ({"name": "my format"}, "a name is letters, digits and underscores"),
+    "name begins with a digit": ({"name": "4bit"}, "begins with a letter"),
+    "group": ({"group": 12}, "group 12 must divide block 32"),
+    "no group": ({"group": 0}, "group 0 must divide block 32"),
+    "no block": ({"block": 0}, "group 16 must divide block 0"),
+    "small group": ({"group": 2, "scale": None}, "group 2 must be a multiple of 4"),
+    "wide code": (
+        {"code": lambda b, i: b.qs[i % 16] << 1},
+        "code(i) = qs[i % 16] << 1 ranges over 0..510; it must fit a byte"),
+    "signed and wide code": (
+        {"code": lambda b, i: b.qs[i % 16] - 100}, "ranges over -100..155; it must fit a byte"),
+    "unknown field": (
+        {"code": lambda b, i: b.qz[i]}, "format made_up has no field qz; it has d, qs"),
+    "unknown field of a scale": (
+        {"scale": lambda b, g: b.dd[g]}, "format made_up has no field dd; it has d, qs"),
+    "load outside": (
+        {"code": lambda b, i: b.qs[i] & 15},
+        "code(i): field qs has elements 0..15, but qs[i] reads 0..31"),
+    "load outside of a scale": (
+        {"scale": lambda b, g: b.d[g + 1]},
+        "scale(g): field d has elements 0..1, but d[g + 1] reads 1..2"),
+    "load outside of an offset": (
+        {"offset": lambda b, g: b.d[2 * g]}, "offset(g): field d has elements 0..1, but d["),
+    "negative index": ({"code": lambda b, i: b.qs[i % 16 - 1] & 15}, "reads -1..14"),
+    "shift": (
+        {"code": lambda b, i: (b.qs[i % 16] >> (2 * i)) & 3}, "shifts by 0..62 bits; 0..31 are"),
+    "division": (
+        {"code": lambda b, i: b.qs[i % 16] // i & 15}, "divides by what is not a positive constant"),
+    "table": (
+        {"code": lambda b, i: table((1, 2, 3), b.qs[i % 16] & 3)},
+        "a table has elements 0..2, but table([1, 2, 3], qs[i % 16] & 3) reads 0..3"),
+    "types": (
+        {"scale": lambda b, g: b.d[g] << 1}, "f32 << i32 has no meaning: d[g] << 1"),
+    "truth": (
+        {"scale": lambda b, g: b.d[0] if g < 1 else b.d[1]},
+        "the truth of the expression g < 1 is not known"),
+    "types of a code": (
+        {"code": lambda b, i: b.d[0] & 15}, "f32 & i32 has no meaning: d[0] & 15"),
+    "truth of a code": (
+        {"code": lambda b, i: 1 if i < 1 else 2}, "the truth of the expression i < 1 is not known"),
+    "no index": ({"code": lambda b, i: b.qs & 15}, "qs has several elements; write qs[index]"),
+    "no index of a scale": ({"scale": lambda b, g: b.d}, "d has several elements; write d[index]"),
+    "an attribute of a field": (
+        {"code": lambda b, i: b.qs.shape}, "qs has several elements; write qs[index]"),
+    "a number for a code": ({"code": lambda b, i: 3}, "code"),
+    "nothing for a code": ({"code": lambda b, i: None}, "code"),
+    "a condition for a code": ({"code": lambda b, i: b.qs[i % 16] < 3}, "code"),
+}  # fmt: skip
+
+
+def check_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        BlockFormat(**GOOD | changes)
+    message = str(caught.value)
+    assert text in message
+    assert message.startswith(f"format {changes.get('name', 'made_up')}")
+    assert "\n" not in message and not message.endswith(".")
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD.values(), ids=BAD)
+def test_a_bad_description_is_refused(changes: dict[str, Any], text: str) -> None:
+    check_refused(changes, text)
+
+
+def test_a_group_integer_that_reads_outside_is_refused() -> None:
+    """Even where no scale uses it: the packed decode and the encoder read it."""
+    check_refused({"ints": {"sc": lambda b, g: b.qs[16 + g]}}, "field qs has elements 0..15")
+
+
+def test_a_branch_not_taken_may_read_outside_its_field() -> None:
+    from kernelgen.ir.expr import where
+
+    fmt = BlockFormat(**GOOD | {"scale": lambda b, g: where(g < 1, b.d[g], b.d[1 - (g - 1)])})
+    assert fmt.decode(random_blocks(fmt, 2)).shape == (2, 32)
+
+
+def test_versions_of_gguf_that_were_tried() -> None:
+    assert tuple(map(int, gguf.__dict__.get("__version__", "0.18").split(".")[:2])) >= (0, 18)
+    assert formats.get("f32").code_expr(var("i", 1)).dtype is F32
