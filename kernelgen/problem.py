@@ -45,8 +45,9 @@ def relative_error(got: Array, reference: Array) -> float:
     Where the reference is not finite the result must be the same kind of not finite, or the error
     is infinite; a finite result where none should be is as wrong as the reverse.
     """
-    reference = np.asarray(reference, np.float64)
-    got = np.asarray(got, np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN makes a conversion warn
+        reference = np.asarray(reference, np.float64)
+        got = np.asarray(got, np.float64)
     finite = np.isfinite(reference)
     if got.shape != reference.shape or not np.array_equal(finite, np.isfinite(got)):
         return float("inf")

@@ -21,6 +21,7 @@ from kernelgen.ir.expr import (
     BOOL,
     COMPARISONS,
     F32,
+    I32,
     LOADS,
     PRECEDENCE,
     SHIFTS,
@@ -223,6 +224,7 @@ class Dialect:
     select     of {condition} {a} {b}, where the condition is the same in all lanes
     blend      the same where it differs between lanes
     min, max   of {a} {b}
+    shift      what a signed amount of a shift is wrapped in, where the language wants that
 
     operators  by operator, where its sign is not Python's
     printer    a kind of `Printer`, for languages that need more than words
@@ -387,6 +389,8 @@ class Printer:
         sides = []
         for arg, is_right in ((left, False), (right, True)):
             text, inner = self._print(arg)
+            if is_right and op in SHIFTS and arg.dtype is I32 and "shift" in self._dialect.words:
+                text, inner = self._dialect.word("shift").format(x=text), 99
             regrouped = op == arg.op == "+" and arg.dtype.is_int  # a + (b + c) needs none
             loose = inner < level or (inner == level and is_right and not regrouped)
             mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import ShapeError
-from kernelgen.ir.layout import named_layout
+from kernelgen.errors import ShapeError, TargetError
+from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.base import Array, Kernel, Weights
 
@@ -22,6 +23,9 @@ Buffer = Any
 
 class Driver(Protocol):
     """A device and its memory."""
+
+    #: bytes that one buffer may have
+    largest: int
 
     def key(self) -> Hashable:
         """Tells buffers of this device from those of others."""
@@ -49,6 +53,15 @@ class Driver(Protocol):
     ) -> None:  # fmt: skip
         """Start a grid; buffers and sizes in the kernel's order."""
         ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows start..stop of a matrix in a buffer of their own: as many as one binding may hold."""
+
+    start: int
+    stop: int
+    buffer: Buffer
 
 
 class Launcher:
@@ -105,26 +118,46 @@ class DeviceRuntime:
                     found = self._launchers[kernel] = Launcher(self.driver(), kernel)
         return found
 
-    def prepare(self, kernel: Kernel, w: Weights) -> Buffer:
+    def prepare(self, kernel: Kernel, w: Weights) -> list[Piece]:
         """The weights in device memory, in the layout of the kernel; kept in w.prepared."""
         layout = named_layout(kernel.config.as_dict()["layout"])
         key = (self.name, self.driver().key(), layout)
-        found = w.prepared.get(key)
+        found: list[Piece] | None = w.prepared.get(key)
         if found is None:
             with self._lock:
                 found = w.prepared.get(key)
                 if found is None:
-                    k = w.shape[-1]
-                    rows = w.data.reshape(-1, w.format.row_bytes(k))
-                    packed = rows if layout.name == "native" else layout.pack(rows, w.format, k)
-                    found = w.prepared[key] = self.driver().upload(packed)
+                    found = w.prepared[key] = self._upload(layout, w)
         return found
+
+    def _upload(self, layout: Layout, w: Weights) -> list[Piece]:
+        k, driver = w.shape[-1], self.driver()
+        row_bytes = w.format.row_bytes(k)
+        rows = w.data.reshape(-1, row_bytes)
+        step = driver.largest // row_bytes
+        if not step:
+            raise TargetError(
+                f"a row of {row_bytes} bytes does not fit a buffer of target {self.name}, which"
+                f" holds {driver.largest} bytes; use another target"
+            )
+        pieces = []
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            packed = part if layout.name == "native" else layout.pack(part, w.format, k)
+            pieces.append(Piece(start, start + len(part), driver.upload(packed)))
+        return pieces
 
     def dequantize(self, kernel: Kernel, w: Weights) -> Array:
         """Values of w, float32, of its shape."""
         y = np.empty(w.shape, np.float32)
-        n = y.size // w.shape[-1]
-        self._decode(kernel, w, y, {}, {"N": n, "K": w.shape[-1]})
+        k = w.shape[-1]
+        flat = y.reshape(-1, k)
+        for piece in self.prepare(kernel, w):
+            part = flat[piece.start : piece.stop]
+            out = self.driver().empty(part.nbytes)
+            sizes = {"N": len(part), "K": k}
+            self.launcher(kernel)({"w": piece.buffer, "y": out}, sizes)
+            self.driver().download(out, part)
         return y
 
     def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
@@ -135,18 +168,21 @@ class DeviceRuntime:
                 f"rows {ids.min()}..{ids.max()} were asked for; the matrix has rows 0..{n - 1}"
             )
         y = np.empty((len(ids), k), np.float32)
-        buffers = {"ids": self.driver().upload(np.ascontiguousarray(ids, np.uint32))}
-        self._decode(kernel, w, y, buffers, {"ROWS": len(ids), "N": n, "K": k})
+        driver = self.driver()
+        for piece in self.prepare(kernel, w):
+            here = np.flatnonzero((piece.start <= ids) & (ids < piece.stop))
+            if not here.size:
+                continue
+            part = np.empty((len(here), k), np.float32)
+            local = (ids[here] - piece.start).astype(np.uint32)
+            buffers = {
+                "w": piece.buffer, "ids": driver.upload(local), "y": driver.empty(part.nbytes)
+            }  # fmt: skip
+            sizes = {"ROWS": len(here), "N": piece.stop - piece.start, "K": k}
+            self.launcher(kernel)(buffers, sizes)
+            driver.download(buffers["y"], part)
+            y[here] = part
         return y
-
-    def _decode(
-        self, kernel: Kernel, w: Weights, y: Array, buffers: dict[str, Buffer], sizes: dict[str, int]
-    ) -> None:
-        if y.size == 0:
-            return
-        buffers |= {"w": self.prepare(kernel, w), "y": self.driver().empty(y.nbytes)}
-        self.launcher(kernel)(buffers, sizes)
-        self.driver().download(buffers["y"], y)
 
     def quantize(self, kernel: Kernel, x: Array) -> Activations:
         """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
@@ -180,12 +216,22 @@ class DeviceRuntime:
             (m, k), n = x.shape, w.shape[0]
             if y.size == 0:
                 return
-            weights = self.prepare(kernel, w)
+            pieces = self.prepare(kernel, w)
             buffers = {"x": driver.upload(x)}
             if quantize is not None:
                 buffers = self._quantized(quantize, buffers["x"], m, k)
-            buffers |= {"w": weights, "y": driver.empty(y.nbytes)}
-            launcher(buffers, {"M": m, "N": n, "K": k})
-            driver.download(buffers["y"], y)
+            outs = []
+            for piece in pieces:
+                rows = piece.stop - piece.start
+                out = driver.empty(4 * m * rows)
+                launcher(buffers | {"w": piece.buffer, "y": out}, {"M": m, "N": rows, "K": k})
+                outs.append(out)
+            if len(pieces) == 1:
+                driver.download(outs[0], y)
+                return
+            for piece, out in zip(pieces, outs, strict=True):
+                part = np.empty((m, piece.stop - piece.start), np.float32)
+                driver.download(out, part)
+                y[:, piece.start : piece.stop] = part
 
         return run

@@ -24,6 +24,8 @@ class OpenCLDriver:
         self._device = device
         self._context = cl.Context([device])
         self._queue = cl.CommandQueue(self._context)
+        # kernels address bytes with 32 bits
+        self.largest = min(int(device.max_mem_alloc_size), 2**32 - 4)
 
     def key(self) -> Hashable:
         """The device itself."""
