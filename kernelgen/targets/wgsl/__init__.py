@@ -1,0 +1,28 @@
+"""The WGSL target: WebGPU, through wgpu here and in browsers."""
+
+from __future__ import annotations
+
+from kernelgen.config import Capabilities
+from kernelgen.targets import simt
+from kernelgen.targets.base import Target
+from kernelgen.targets.wgsl.dialect import MEMORY, WgslWords
+
+_KEYWORDS = frozenset(
+    "alias array atomic bitcast bool break case const const_assert continue continuing default"
+    " diagnostic discard else enable f16 f32 false fn for function groups i32 if let loop local_id"
+    " group_id override private ptr read return sizes storage struct switch texture true u32 uniform"
+    " var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest spread1 pack_bytes"
+    " u8_at i8_at u16_at u32_at f16_at f32_bits bits_f32 new self this".split()
+)
+
+TARGET = Target(
+    name="wgsl",
+    description="WGSL for WebGPU",
+    suffix=".wgsl",
+    walks=simt.walks(),
+    dialects={"memory": MEMORY},
+    capabilities=Capabilities(max_threads=256, shared_bytes=16384),
+    templates=(simt.TEMPLATES,),
+    globals=simt.template_globals(WgslWords()) | {"words": "words.wgsl"},
+    reserved=simt.RESERVED | _KEYWORDS,
+)

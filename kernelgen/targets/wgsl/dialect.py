@@ -1,0 +1,115 @@
+"""The words of WGSL, the shading language of WebGPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kernelgen.targets.base import Argument, Dialect
+
+MEMORY = Dialect(
+    {
+        "constant.f32": "{x}f",
+        "constant.u32": "{x}u",
+        "shift": "u32({x})",
+        "select": "select({b}, {a}, {condition})",
+        "blend": "select({b}, {a}, {condition})",
+        "cast.i32>f32": "f32({x})",
+        "cast.u32>f32": "f32({x})",
+        "cast.i32>u32": "u32({x})",
+        "cast.u32>i32": "i32({x})",
+        "bitcast.i32>f32": "bitcast<f32>({x})",
+        "bitcast.u32>f32": "bitcast<f32>({x})",
+        "bitcast.f32>u32": "bitcast<u32>({x})",
+        "bitcast.i32>u32": "u32({x})",
+        "bitcast.u32>i32": "i32({x})",
+        "table": "{table}_at({index})",
+        "lookup": "{table}_lookup({index})",
+        "spread1": "spread1({x})",
+        "fetch.u8.1": "u8_at({address})",
+        "fetch.i8.1": "i8_at({address})",
+        "fetch.u16.1": "i32(u16_at({address}))",
+        "fetch.u16.2": "i32(u16_at({address}))",
+        "fetch.i16.1": "(i32(u16_at({address}) << 16u) >> 16u)",
+        "fetch.i16.2": "(i32(u16_at({address}) << 16u) >> 16u)",
+        "fetch.u32.1": "u32_at({address})",
+        "fetch.u32.2": "u32_at({address})",
+        "fetch.u32.4": "w[({address}) / 4u]",
+        "fetch.f16.1": "f16_at({address})",
+        "fetch.f16.2": "f16_at({address})",
+        "fetch.f32.1": "bitcast<f32>(u32_at({address}))",
+        "fetch.f32.2": "bitcast<f32>(u32_at({address}))",
+        "fetch.f32.4": "bitcast<f32>(w[({address}) / 4u])",
+    },
+    operators={"//": "/"},
+)
+
+
+class WgslWords:
+    """The statements of WGSL (see kernelgen.targets.simt.Words)."""
+
+    def constant(self, name: str, value: int) -> str:
+        """A u32 known when the kernel is compiled."""
+        return f"const {name} = {value}u;"
+
+    def table(self, name: str, values: tuple[int, ...]) -> str:
+        """A table of integers, and the functions that look up one and four bytes."""
+        bytes_ = ", ".join(f"{name}_at(i32((x >> {8 * n}u) & 15u))" for n in range(4))
+        return (
+            f"var<private> {name} = array<i32, {len(values)}>({', '.join(map(str, values))});\n"
+            f"fn {name}_at(i: i32) -> i32 {{ return {name}[i]; }}\n"
+            f"fn {name}_lookup(x: u32) -> u32 {{ return pack_bytes({bytes_}); }}"
+        )
+
+    def kernel(
+        self,
+        entry: str,
+        arguments: tuple[Argument, ...],
+        threads: int,
+        shared: Mapping[str, tuple[str, int]],
+    ) -> str:
+        """Bindings in the order of the arguments, the sizes in a uniform behind them, the head."""
+        lines = []
+        buffers = [a for a in arguments if a.role != "size"]
+        sizes = [a.name for a in arguments if a.role == "size"]
+        for number, one in enumerate(buffers):
+            # bytes are bound as words: the smallest thing that storage holds
+            dtype = "u32" if one.dtype == "u8" else one.dtype
+            access = "read" if one.role == "in" else "read_write"
+            lines.append(
+                f"@group(0) @binding({number}) var<storage, {access}> {one.name}: array<{dtype}>;"
+            )
+        lines += [
+            f"struct Sizes {{ {', '.join(f'{name}: u32' for name in sizes)} }}",
+            f"@group(0) @binding({len(buffers)}) var<uniform> sizes: Sizes;",
+            *(f"var<workgroup> {n}: array<{t}, {c}>;" for n, (t, c) in shared.items()),
+            "",
+            f"@compute @workgroup_size({threads}, 1, 1)",
+            f"fn {entry}(@builtin(local_invocation_id) local_id: vec3u,",
+            "    @builtin(workgroup_id) group_id: vec3u, @builtin(num_workgroups) groups: vec3u) {",
+            "    let thread = local_id.x; let group_x = group_id.x;",
+            "    let group_y = group_id.y; let groups_y = groups.y;",
+            "    " + " ".join(f"let {name} = sizes.{name};" for name in sizes),
+        ]
+        return "\n".join(lines)
+
+    def let(self, dtype: str, name: str, value: str) -> str:
+        """A value that does not change."""
+        return f"let {name}: {dtype} = {value};"
+
+    def var(self, dtype: str, name: str, value: str) -> str:
+        """A variable."""
+        return f"var {name}: {dtype} = {value};"
+
+    def array(self, dtype: str, name: str, count: int) -> str:
+        """An array of one thread, all zero."""
+        return f"var {name} = array<{dtype}, {count}>();"
+
+    def repeat(self, name: str, start: str | int, stop: str | int, step: str | int = 1) -> str:
+        """The head of a loop over a u32."""
+        first = f"{start}u" if isinstance(start, int) else start
+        following = f"{name}++" if step == 1 else f"{name} += {step}"
+        return f"for (var {name}: u32 = {first}; {name} < {stop}; {following}) {{"
+
+    def barrier(self) -> str:
+        """All threads of a group meet."""
+        return "workgroupBarrier();"

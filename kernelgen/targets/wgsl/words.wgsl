@@ -1,0 +1,49 @@
+// Words of kernelgen in WGSL.
+fn f32_bits(x: f32) -> u32 { return bitcast<u32>(x); }
+fn bits_f32(x: u32) -> f32 { return bitcast<f32>(x); }
+fn nearest(x: f32) -> f32 { return round(x); }  // ties to even
+
+// Four products of signed bytes, added to a sum.
+fn dot4(a: u32, b: u32, sum: i32) -> i32 {
+    let x = vec4i(vec4u(a << 24u, a << 16u, a << 8u, a)) >> vec4u(24u);
+    let y = vec4i(vec4u(b << 24u, b << 16u, b << 8u, b)) >> vec4u(24u);
+    return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+}
+
+// Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.
+fn spread1(x: u32) -> u32 { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
+
+fn pack_bytes(a: i32, b: i32, c: i32, d: i32) -> u32 {
+    return (u32(a) & 255u) | ((u32(b) & 255u) << 8u) | ((u32(c) & 255u) << 16u) | (u32(d) << 24u);
+}
+
+%% if arguments | selectattr("name", "equalto", "w") | list
+// The weights are bound as 32-bit words; addresses are in bytes.
+fn u8_at(address: u32) -> i32 { return i32((w[address / 4u] >> (address % 4u * 8u)) & 255u); }
+fn i8_at(address: u32) -> i32 { return (u8_at(address) << 24u) >> 24u; }
+
+// Two words hold an unaligned one. The second is not read where the first holds it all, as it may
+// lie outside the buffer.
+fn u32_at(address: u32) -> u32 {
+    let at = address / 4u;
+    let shift = address % 4u * 8u;
+    if (shift == 0u) { return w[at]; }
+    return (w[at] >> shift) | (w[at + 1u] << (32u - shift));
+}
+fn u16_at(address: u32) -> u32 {
+    if (address % 4u == 3u) { return u32_at(address) & 0xFFFFu; }
+    return (w[address / 4u] >> (address % 4u * 8u)) & 0xFFFFu;
+}
+
+// Half precision to single, subnormals, infinities and NaN included, whatever the device does with
+// subnormals: the exponent is moved by a multiplication by 2^112.
+fn f16_at(address: u32) -> f32 {
+    let h = u16_at(address);
+    let magnitude = (h & 0x7FFFu) << 13u;
+    var bits = bitcast<u32>(bitcast<f32>(magnitude) * 0x1p112f);
+    if ((h & 0x7C00u) == 0u) { bits = bitcast<u32>(f32(h & 0x3FFu) * 0x1p-24f); }
+    if ((h & 0x7C00u) == 0x7C00u) { bits = magnitude | 0x7F800000u; }
+    return bitcast<f32>(bits | ((h & 0x8000u) << 16u));
+}
+
+%% endif
