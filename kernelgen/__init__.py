@@ -15,7 +15,7 @@ _HOME = {
     "ir": "kernelgen.ir",
     "targets": "kernelgen.targets",
     **dict.fromkeys(
-        ("dequantize", "formats", "kernel", "matmul", "open", "prepare", "quantize",
+        ("dequantize", "formats", "get_rows", "kernel", "matmul", "open", "prepare", "quantize",
          "register_format", "save", "source", "unregister_format"),
         "kernelgen.api",
     ),
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kernelgen.api import (  # noqa: F401
         dequantize,
         formats,
+        get_rows,
         kernel,
         matmul,
         open,

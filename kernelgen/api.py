@@ -17,7 +17,7 @@ from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import choose_precision, op_for
+from kernelgen.problem import MATVEC_ROWS, choose_precision, op_for
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.tensor import QuantTensor, quantize
 
@@ -65,7 +65,7 @@ def save(
 def kernel(
     op: str,
     format: str | BlockFormat,
-    target: str = "c",
+    target: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
     precision: str = "",
 ) -> Kernel:
@@ -74,7 +74,7 @@ def kernel(
     `config` is the walk's default when left out; a mapping gives fields by name.
     """
     fmt = format_list.get(format) if isinstance(format, str) else format
-    manifest = target_list.get(target)
+    manifest = target_list.get(target or default_target())
     walk = manifest.walk(op, fmt, precision)
     if isinstance(config, Mapping):
         config = walk.config.from_dict(config)
@@ -84,7 +84,7 @@ def kernel(
 def source(
     op: str,
     format: str | BlockFormat,
-    target: str = "c",
+    target: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
     precision: str = "",
 ) -> str:
@@ -115,8 +115,9 @@ Runner = Callable[[Array, QuantTensor, Array], None]
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul_runner(target: str, fmt: BlockFormat, op: str, precision: str) -> Runner:
-    """The compiled kernel, ready to be called.  The one look-up of a warm call."""
+def _matmul_runner(target: str, fmt: BlockFormat, m: int, precision: str) -> Runner:
+    """The compiled kernel for M rows of activations, ready to be called.  The one look-up of a
+    warm call."""
     runtime = _runtime(target)
     reason = runtime.available()
     if reason is not None:
@@ -125,7 +126,8 @@ def _matmul_runner(target: str, fmt: BlockFormat, op: str, precision: str) -> Ru
         )
     manifest = target_list.get(target)
     chosen = choose_precision(precision, fmt)
-    config = manifest.walk(op, fmt, chosen).config.default(runtime.capabilities())
+    op = op_for(m)
+    config = manifest.walk(op, fmt, chosen).config.default(runtime.capabilities(), m)
     return runtime.matmul(generate(op, fmt, manifest, config, chosen))
 
 
@@ -165,7 +167,8 @@ def matmul(
     direct = out is None or out.dtype == np.float32
     y = np.empty((m, n), np.float32) if out is None or not direct else _writable(out, shape, n, x)
     if m:
-        run = _matmul_runner(target or default_target(), w.format, op_for(m), precision)
+        bucket = min(m, MATVEC_ROWS + 1)  # one kernel serves all that are more than a matvec
+        run = _matmul_runner(target or default_target(), w.format, bucket, precision)
         run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
@@ -199,6 +202,17 @@ def _writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     return out
 
 
+def get_rows(w: QuantTensor, ids: Array, *, target: str | None = None) -> Array:
+    """Rows of w that `ids`, integers of any shape, names: float32 (*ids.shape, K).
+
+    What an embedding does.  Raises ShapeError for a row that w does not have.
+    """
+    name = target or default_target()
+    ids = np.asarray(ids)
+    rows = _runtime(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
+    return rows.reshape(*ids.shape, w.shape[-1])
+
+
 def dequantize(w: QuantTensor, *, target: str | None = None) -> Array:
     """Values of w, float32, decoded by a kernel (`w.dequantize()` is the numpy reference)."""
     name = target or default_target()
@@ -220,6 +234,6 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
 
 
 __all__ = [
-    "default_target", "dequantize", "formats", "kernel", "matmul", "open", "prepare", "quantize",
+    "default_target", "dequantize", "formats", "get_rows", "kernel", "matmul", "open", "prepare", "quantize",
     "register_format", "save", "source", "unregister_format",
 ]  # fmt: skip

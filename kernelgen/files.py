@@ -20,16 +20,20 @@ from kernelgen.targets.base import OPS, Kernel, Target
 def kernels(
     target: Target, formats: Iterable[BlockFormat], ops: Iterable[str] = OPS
 ) -> Iterator[Kernel]:
-    """The kernels of a target in their default configurations, for these formats and ops."""
+    """The kernels of a target in their default configurations, for these formats and ops, and
+    those that must run before them."""
     wanted = tuple(ops)
     for fmt in formats:
+        made: dict[str, Kernel] = {}
         for op, precision in dict.fromkeys((w.op, w.precision) for w in target.walks):
             if op not in wanted:
                 continue
             try:
-                yield generate(op, fmt, target, precision=precision)
+                one = generate(op, fmt, target, precision=precision)
             except TargetError:
                 continue  # not every format has every precision; `kernelgen list` says why
+            made |= {each.entry: each for each in (one, *one.needs.values())}
+        yield from sorted(made.values(), key=lambda kernel: OPS.index(kernel.op))
 
 
 def file_name(kernel: Kernel, target: Target) -> str:

@@ -64,13 +64,11 @@ def quantize(
     threads     default: one per CPU
 
     The mean squared error, weighted by importance, is made small.  A scale beyond the range of
-    its stored type becomes the largest it can hold, so values there saturate.  Formats whose
-    codes are floats are conversions: nearest, ties to even, too large becomes infinite where the
-    format has infinity, NaN stays NaN.
+    its stored type becomes the largest it can hold, so values there saturate.  A format that
+    stores floats gets the nearest, ties to even; there, NaN and infinity may occur in x too.
 
     ShapeError   x is empty, no float array, does not divide into blocks or holds values that are
-                 not finite in float32 (NaN and infinity are fine if the format stores floats);
-                 importance has another shape, or is negative or not finite
+                 not finite in float32; importance has another shape, is negative or not finite
     FormatError  scale, offset or codes of the format are stored in a way not known here
     """
     rows = _rows(x, fmt)
@@ -256,12 +254,11 @@ def plan_of(fmt: BlockFormat) -> Plan:
 
 def _multiple(offset: Factor, scale: Factor) -> float | None:
     """The number that always is offset / scale: a bias, written otherwise.  None if it varies."""
-    if (offset.field, offset.integer) != (scale.field, scale.integer):
-        return None
     o, s = (f.levels.values[np.argsort(f.levels.stored)] for f in (offset, scale))
-    ratio = float(np.abs(o).max() / np.abs(s).max())
-    matching = [r for r in (ratio, -ratio) if len(o) == len(s) and np.allclose(o, r * s)]
-    return matching[0] if matching else None
+    if (offset.field, offset.integer, len(o)) != (scale.field, scale.integer, len(s)):
+        return None
+    ratio = float(_ratio(o @ s, s @ s))
+    return ratio if np.allclose(o, ratio * s) else None
 
 
 def _codes(fmt: BlockFormat) -> Levels:
@@ -333,9 +330,6 @@ def _by_integer(
     integers, g = np.tile(np.arange(count), fmt.groups), np.repeat(np.arange(fmt.groups), count)
     found = evaluate(substitute(expr, given), {"integer": integers, "g": g})
     return np.broadcast_to(found, g.shape).reshape(fmt.groups, count)
-
-
-# ---- each group for itself ---------------------------------------------------------------------
 
 
 class Elements:
@@ -430,7 +424,7 @@ class Elements:
 
 def _ratio(a: Array | np.float32, b: Array) -> Array:
     """a / b, and 0 where that is not finite."""
-    quotient = np.asarray(a / b)
+    quotient = np.asarray(np.divide(a, b))
     quotient[~np.isfinite(quotient)] = 0
     return quotient
 
@@ -457,20 +451,22 @@ class Stored:
         if self.field is not None:
             x, w = (a.reshape(len(self.floats), -1).T.copy() for a in (wanted, weight))
             floats, _ = Elements(x, w, self.levels, offsets=False).best((1, -1))
-            self.set_floats(floats[:, None])
+            self.set_floats(floats[:, None], first=True)
         self.set_integers(wanted)
 
-    def set_floats(self, wanted: Array) -> None:
-        """Round floats to their type; none becomes infinite, and none zero that is of any use."""
+    def set_floats(self, wanted: Array, first: bool = False) -> None:
+        """Round floats to their type; none becomes infinite or vanishes, and subnormal ones, which
+        are coarse, become at first rather too large than so small that codes saturate."""
         if self.field is None:
             return
         dtype = np.dtype(NUMPY_STORAGE[self.field.storage.name])
         info = np.finfo(dtype)
         exact = np.ldexp(wanted.astype(np.float64), self.exponent)
         self.raw = np.clip(exact, info.min, info.max).astype(dtype)
-        reach = max(-self.levels.low, self.levels.high)
-        lost = (self.raw == 0) & (np.abs(exact) * reach > float(info.smallest_subnormal) / 4)
-        self.raw[lost] = np.copysign(info.smallest_subnormal, exact[lost])
+        coarse = ((self.raw == 0) | first) & (np.abs(exact) < info.smallest_normal)
+        short = coarse & (np.abs(self.raw) < np.abs(exact))
+        away = np.copysign(np.inf, exact[short]).astype(dtype)
+        self.raw[short] = np.nextafter(self.raw[short], away)
         self.floats = np.ldexp(self.raw.astype(np.float64), -self.exponent)
 
     def set_integers(self, wanted: Array) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernelgen import targets
 from kernelgen.config import Config
 from kernelgen.errors import FormatError, KernelgenError, TargetError
 from kernelgen.generate import generate
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.ops import matmul, quantize_activations
+from kernelgen.ir.ops import Activations, matmul, quantize_activations
+from kernelgen.ir.ops.matmul import SMALLEST
 from kernelgen.problem import MATVEC_ROWS, relative_error, tolerance
 from kernelgen.targets.base import Kernel, Runtime, Target, Walk
 from kernelgen.tensor import QuantTensor
@@ -22,11 +24,12 @@ from kernelgen.tensor import QuantTensor
 Array = npt.NDArray[Any]
 
 #: ops that have a result of their own; `prepare` is seen through the matmuls
-OPS = ("dequantize", "quantize", "matvec", "matmul")
+OPS = ("dequantize", "get_rows", "quantize", "matvec", "matmul")
 
 #: (M, N) for each op: one row, and sizes that no tile divides
 _SHAPES = {
     "dequantize": ((1, 5),),
+    "get_rows": ((1, 1), (7, 5)),
     "quantize": ((1, 1), (3, 1)),
     "matvec": ((1, 1), (1, 37), (3, 64), (MATVEC_ROWS, 5)),
     "matmul": ((MATVEC_ROWS + 1, 37), (21, 3)),
@@ -136,18 +139,40 @@ def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
     if kernel.op == "dequantize":
         w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
         return relative_error(runtime.dequantize(kernel, w), w.dequantize())
+    if kernel.op == "get_rows":
+        w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
+        ids = np.random.default_rng(m).integers(0, n, m)
+        return relative_error(runtime.get_rows(kernel, w, ids), w.dequantize()[ids])
     x = activations(m, k)
     if kernel.op == "quantize":
-        got, want = runtime.quantize(kernel, x), quantize_activations(x, fmt.block, fmt.group)
-        pairs = ((got.q, want.q), (got.scale, want.scale), (got.sums, want.sums))
-        return max(relative_error(a, b) for a, b in pairs)
+        return quantization_error(runtime.quantize(kernel, x), x, fmt)
     w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k))
     seen = x
     if kernel.precision == "int8":
-        seen = quantize_activations(x, fmt.block, fmt.group).values()
+        # the integers that this target makes of x: a device's division may round another way
+        quantize = generate("quantize", fmt, targets.get(kernel.target))
+        seen = runtime.quantize(quantize, x).values()
     y = np.full((m, n), np.nan, np.float32)  # what is not written stays visible
     runtime.matmul(kernel)(x, w, y)
     return relative_error(y, matmul(seen, w.dequantize()))
+
+
+def quantization_error(got: Activations, x: Array, fmt: BlockFormat) -> float:
+    """How far quantized activations are from what they should be.
+
+    The largest of: scales, relative to the reference's; how much further than half a step an
+    integer lies from what it stands for; infinity where sums are not the sums of the integers.
+    """
+    want = quantize_activations(x, fmt.block, fmt.group)
+    m, k = x.shape
+    sums = got.q.reshape(m, k // fmt.group, fmt.group).sum(axis=-1, dtype=np.int32)
+    if not np.array_equal(sums.astype(np.float32), got.sums):
+        return float("inf")
+    used = want.scale > SMALLEST
+    off = np.abs(got.scale[used].astype(np.float64) / want.scale[used] - 1)
+    repeated = np.repeat(np.where(used, want.scale, np.inf), fmt.block, axis=-1)
+    steps = np.abs(x / repeated.astype(np.float64) - got.q) - 0.5
+    return max(float(off.max(initial=0)), float(steps.max(initial=0)))
 
 
 def int8_errors(kernel: Kernel, runtime: Runtime) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from kernelgen.errors import FormatError, ShapeError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.encode import code_table
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import F32, STORAGES, Expr, bitcast, cast, const, table, var
+from kernelgen.ir.expr import F32, STORAGES, Expr, bitcast, cast, const, table, var, where
 from kernelgen.ir.formats import FORMATS, get
 from kernelgen.quantizer import quantize
 
@@ -113,6 +113,13 @@ def test_data_far_from_zero_uses_the_offset(name: str, sign: int) -> None:
     assert np.abs(x - y).max() < 2.5 / steps
 
 
+def test_a_byte_never_holds_its_lowest_code() -> None:
+    """Kernels may negate codes within a byte."""
+    for fmt in (get("q8_0"), get("q8_1"), get("q8_K")):
+        codes = fmt.split(quantize(-np.abs(normal(16, 512)), fmt).reshape(-1, fmt.nbytes))["qs"]
+        assert codes.min() == -127
+
+
 def test_importance_lowers_the_weighted_error() -> None:
     x = normal(32, 1024)
     weights = np.random.default_rng(2).exponential(size=1024) ** 3
@@ -179,6 +186,14 @@ class TestStrangeData:
         # table without a zero leaves at most a few of them
         assert np.isfinite(y).all()
         assert np.abs(y - x).max() <= max(3e-7, np.abs(x).max())
+
+    @pytest.mark.parametrize("magnitude", [1e-5, 1e-6])
+    def test_scales_that_f16_would_lose(self, fmt: BlockFormat, magnitude: float) -> None:
+        """Times its integer a float of a K-quant may be far below 6e-8, the smallest f16."""
+        x = normal(4, 512) * np.float32(magnitude)
+        # codes of the smallest scale err by 6e-8 / sqrt(12) on their own
+        limit = 3 * FIGURES[fmt.name] + 6e-8 / 12**0.5 / magnitude
+        assert relative_error(x, there_and_back(x, fmt)) < limit
 
     def test_one_large_element(self, fmt: BlockFormat) -> None:
         x = normal(2, 512) * np.float32(1e-3)
@@ -328,6 +343,10 @@ FOUR_BIT = [
         "bytes_and_float", {"s": "u8[4]", "d": "f32"},
         scale=lambda b, g: b.d * small_float(b.s[g]), bias=8,
     ),
+    described(
+        "needlessly_wide", {"d": "f16", "s": "u8[4]"}, bias=8, scale=lambda b, g: b.d * b.sc[g],
+        ints={"sc": lambda b, g: where(b.s[g] < 8, b.s[g], b.s[g] & 15)},  # 0..255 by intervals
+    ),
     described("words", {"s": "u16[4]"}, scale=lambda b, g: cast(F32, b.s[g]) / 65536.0, bias=8),
     described(
         "added_minimum", {"d": "f16", "m": "f16", "s": "i8[4]"}, ints={"mn": lambda b, g: b.s[g]},
@@ -371,6 +390,12 @@ def test_made_up_formats(fmt: BlockFormat) -> None:
     assert np.abs(there_and_back(x * 0, fmt)).max() < 0.26  # the constant offset
     ramp = np.linspace(0.01, 1, 2048, dtype=np.float32) * x
     assert relative_error(ramp, there_and_back(ramp, fmt)) < 0.1074
+
+
+def test_groups_that_share_everything_are_searched_as_one() -> None:
+    fmt, x = next(f for f in FOUR_BIT if f.name == "float_per_two"), normal(16, 2048)
+    # the mean of the best scales of each gives 0.103
+    assert relative_error(x, there_and_back(x, fmt)) < 0.095
 
 
 def test_a_bias_may_be_written_as_an_offset() -> None:

@@ -44,7 +44,9 @@ def build(
     isa: Variant = "",
     check: Annotated[
         bool,
-        typer.Option("--check", help="Write nothing; list what is not up to date, and exit with 1."),
+        typer.Option(
+            "--check", help="Write nothing; list what is not up to date, and exit with 1."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,23 +57,33 @@ def build(
         start = time.perf_counter()
         assumed = _assuming(one, isa)
         changed = files.build(assumed, out, formats, ops, check=check)
-        made = len(list(files.kernels(assumed, formats, ops)))
-        result.append(
-            {
-                "target": one.name,
-                "folder": str(out / one.name),
-                "kernels": made,
-                "stale" if check else "written": [str(path) for path in changed],
-                "seconds": round(time.perf_counter() - start, 3),
-            }
-        )
+        made = list(files.kernels(assumed, formats, ops))
+        left_over = _left_over(out / one.name, set(files.contents(assumed, made)))
+        built = {
+            "target": one.name,
+            "folder": str(out / one.name),
+            "kernels": len(made),
+            "stale" if check else "written": [str(p) for p in changed if p not in left_over],
+            "left_over": [str(p) for p in left_over],
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        result.append(built)
         if not as_json:
-            _report(result[-1], check)
+            (_report_check if check else _report)(built)
     if as_json:
         print_json(result)
-    if check and any(one["stale"] for one in result):
-        complain("error: these files are not what kernelgen writes; run kernelgen build without --check")
+    if check and any(one["stale"] or one["left_over"] for one in result):
+        complain(
+            "error: these files are not what kernelgen writes; build without --check, and delete"
+            " what is left over"
+        )
         raise typer.Exit(1)
+
+
+def _left_over(folder: Path, wanted: set[str]) -> list[Path]:
+    """Files that a build did not write and does not need."""
+    present = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in present if path.name not in wanted]
 
 
 def _assuming(target: Target, variant: str) -> Target:
@@ -98,15 +110,27 @@ def _formats_of(model: Path | None, wanted: list[BlockFormat]) -> list[BlockForm
     return found
 
 
-def _report(built: dict[str, Any], check: bool) -> None:
-    changed = built["stale" if check else "written"]
-    for path in changed[: None if check else _SHOWN]:
-        state = "stale   " if Path(path).exists() else "missing "
-        print(f"  {state * check}{path}")
-    if not check and len(changed) > _SHOWN:
-        print(f"  and {len(changed) - _SHOWN} more")
-    said = "stale, missing or left over" if check else "written"
+def _report_check(built: dict[str, Any]) -> None:
+    for path in built["stale"]:
+        print(f"  {'stale' if Path(path).exists() else 'missing':9} {path}")
+    for path in built["left_over"]:
+        print(f"  left over {path}")
+    wrong = len(built["stale"]) + len(built["left_over"])
     print(
-        f"{built['target']}: {built['kernels']} kernels in {built['folder']}, {len(changed)} files"
-        f" {said}, {built['seconds']:.1f} s"
+        f"{built['target']}: {built['kernels']} kernels, {wrong or 'no'} files in"
+        f" {built['folder']} are not as they should be, {built['seconds']:.1f} s"
     )
+
+
+def _report(built: dict[str, Any]) -> None:
+    written, left_over = built["written"], built["left_over"]
+    for path in written[:_SHOWN]:
+        print(f"  {path}")
+    if len(written) > _SHOWN:
+        print(f"  and {len(written) - _SHOWN} more")
+    print(
+        f"{built['target']}: {built['kernels']} kernels in {built['folder']},"
+        f" {len(written) or 'no'} files changed, {built['seconds']:.1f} s"
+    )
+    if left_over:
+        print(f"  not of this build: {left_over[0]}{' and others' * (len(left_over) > 1)}")

@@ -23,6 +23,7 @@ from kernelgen.cli.terminal import (
     pick_op,
     pick_targets,
     print_json,
+    said_of,
     table,
 )
 from kernelgen.errors import ConfigError
@@ -77,34 +78,36 @@ def list_kernels(
         cells = [_cell(one, op, fmt, unavailable) for fmt in formats for op in OPS]
         result += cells
         if not as_json:
-            _print_cells(one, formats, cells)
+            _print_cells(one, formats, cells, unavailable)
     if as_json:
         print_json([asdict(cell) for cell in result])
 
 
-def _print_cells(target: Target, formats: Sequence[BlockFormat], cells: list[Cell]) -> None:
+def _print_cells(
+    target: Target, formats: Sequence[BlockFormat], cells: list[Cell], unavailable: str | None
+) -> None:
     by_place = {(cell.format, cell.op): cell for cell in cells}
     ops = [op for op in OPS if any(walk.op == op for walk in target.walks)]
-    shown = table("format", "bits", *ops, right=["bits"], title=f"{target.name}: {target.description}")
+    shown = table(
+        "format", "bits", *ops, right=["bits"], title=f"{target.name}: {target.description}"
+    )
     for fmt in formats:
         row = [by_place[fmt.name, op] for op in ops]
         shown.add_row(fmt.name, f"{fmt.bits:g}", *map(_words, row))
     out = console()
     out.print(shown)
-    notes = {f"* {c.format}: {note}": None for c in cells for note in c.notes}
-    missing: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.reason is not None and cell.op in ops:
-            missing.setdefault(cell.reason, []).append(f"{cell.op} {cell.format}")
-    reasons = [
-        f"none: {reason}" if len(places) == len(ops) * len(formats)
-        else f"none for {', '.join(places)}: {reason}"
-        for reason, places in missing.items()
-    ]  # fmt: skip
-    for line in [*notes, *reasons]:
+    said = [f"* {cell.format}: {note}" for cell in cells for note in cell.notes]
+    if unavailable:
+        said.append(f"none: {unavailable}")
+    else:
+        said += [
+            f"none for {cell.op} {cell.format}: {cell.reason}"
+            for cell in cells
+            if cell.reason is not None and cell.op in ops
+        ]
+    for line in dict.fromkeys(said):
         out.print(f"  {line}", soft_wrap=True)
-    if notes or reasons:
-        out.print()
+    out.print()
 
 
 def _words(cell: Cell) -> str:
@@ -125,7 +128,7 @@ def devices(as_json: AsJson = False) -> None:
                 "how": target.how,
                 "available": reason is None,
                 "reason": reason,
-                "variants": list(target.variants),
+                "variants": {name: target.runtime(name).available() for name in target.variants},
                 "devices": runtime.describe() if reason is None else [],
             }
         )
@@ -133,18 +136,18 @@ def devices(as_json: AsJson = False) -> None:
         print_json(found)
         return
     for one in found:
-        print(f"{one['target']}: {one['how'] if one['available'] else 'none'}, {one['description']}")
+        print(
+            f"{one['target']}: {one['how'] if one['available'] else 'none'}, {one['description']}"
+        )
         if one["reason"]:
             print(f"  {one['reason']}")
         for device in one["devices"]:
-            _print_device(device)
-
-
-def _print_device(device: dict[str, Any]) -> None:
-    width = max(map(len, device))
-    for key, value in device.items():
-        shown = value if not isinstance(value, bool) else ("yes" if value else "no")
-        print(f"  {key.replace('_', ' '):{width}}  {shown}")
+            width = max(map(len, device))
+            for key, text in said_of(device):
+                print(f"  {key:{width}}  {text}")
+        able = [name for name, reason in one["variants"].items() if reason is None]
+        if able:
+            print(f"  --isa can be {', '.join(able)}")
 
 
 def show(

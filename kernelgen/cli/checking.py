@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from kernelgen import api
 from kernelgen import bench as benchmark
 from kernelgen import verify as verifier
 from kernelgen.cli.terminal import (
@@ -25,19 +26,19 @@ from kernelgen.cli.terminal import (
     pick_targets,
     print_json,
     progress_bar,
+    said_of,
     split_names,
     table,
 )
 from kernelgen.errors import ShapeError, TargetError
-from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import Runtime, Target
 from kernelgen.verify import Result
 
 #: widths of the columns of `verify`, whose rows are printed as they come
 _COLUMNS = {
-    "target": 8, "format": 10, "op": 11, "precision": 9, "error": 9, "allowed": 9,
-    "int8 adds": 10, "format has": 11,
+    "target": 8, "format": 10, "op": 11, "precision": 11, "error": 10, "allowed": 10,
+    "int8 adds": 11, "format has": 12,
 }  # fmt: skip
 
 
@@ -120,7 +121,9 @@ def _row(result: Result, with_config: bool) -> Text:
 
 
 def bench(
-    target: TargetNames = None,
+    target: Annotated[
+        Names, typer.Option("--target", metavar="T", help="Targets; by default that of matmul.")
+    ] = None,
     format: Annotated[
         Names, typer.Option("--format", metavar="F", help="Formats, or all; q4_K by default.")
     ] = None,
@@ -147,7 +150,7 @@ def bench(
         choose_precision(precision, fmt)
         for _, _, k in shapes:
             fmt.row_bytes(k)  # refuses what does not divide, before anything is timed
-    runtimes = list(_runtimes(target, ""))
+    runtimes = list(_runtimes(target or [api.default_target()], ""))
     problems = [(t, fmt, s) for t, _ in runtimes for fmt in formats for s in shapes]
     results: list[benchmark.Measured] = []
     with progress_bar(console(stderr=True)) as progress:
@@ -158,7 +161,7 @@ def bench(
         return
     for one, runtime in runtimes:
         for device in runtime.describe():
-            print(f"{one.name}: " + ", ".join(f"{key} {value}" for key, value in device.items()))
+            print(f"{one.name}: " + ", ".join(f"{k} {v}" for k, v in said_of(device)))
     _print_measured(results)
 
 
@@ -182,6 +185,3 @@ def _print_measured(results: list[benchmark.Measured]) -> None:
             f"{one.gb_per_s:.1f}", f"{one.gflop_per_s:.0f}",
         )  # fmt: skip
     console().print(shown)
-
-
-__all__ = ["bench", "verify"]

@@ -33,14 +33,19 @@ _FLOATS = ("f32", "f16", "bf16")
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the input: its shape, its bytes there, and its rows as floats."""
+    """A tensor of the input.
+
+    format, nbytes  of the input
+    rows            its rows as floats
+    tensor          itself, if it can be kept as it is
+    """
 
     name: str
     shape: tuple[int, ...]
     format: str
     nbytes: int
     rows: Rows
-    kept: QuantTensor | None = None
+    tensor: QuantTensor | None = None
 
     @property
     def count(self) -> int:
@@ -87,35 +92,30 @@ def quantize(
         raise FileError(f"{out} cannot be written: its folder does not exist; make it first")
     weights = None if importance is None else _load(importance)
     sources, metadata = _read(source, name)
-    tensors: dict[str, QuantTensor] = {}
-    report: list[Quantized] = []
     reasons = {one.name: _keep_because(one, fmt) for one in sources}
-    _check_importance(weights, [one for one in sources if reasons[one.name] is None])
+    changing = [one for one in sources if reasons[one.name] is None]
+    _check_importance(weights, changing)
+    tensors = {one.name: one.tensor for one in sources if one.tensor is not None}
+    errors: dict[str, float] = {}
     with progress_bar(console(stderr=True)) as progress:
-        total = sum(one.count for one in sources if reasons[one.name] is None)
-        task = progress.add_task("rows", total=total)
-        for one in sources:
-            error = None
-            if one.kept is not None and reasons[one.name] is not None:
-                tensors[one.name] = one.kept
-            else:
-                progress.update(task, description=f"{one.name}, rows")
-                columns = weights if weights is not None and len(weights) == one.shape[-1] else None
-                tensors[one.name], error = _convert(
-                    one, fmt, columns, lambda rows: progress.advance(task, rows)
-                )
-            report.append(_outcome(one, tensors[one.name], error, reasons[one.name]))
+        task = progress.add_task("", total=sum(one.count for one in changing))
+        for one in changing:
+            progress.update(task, description=f"{one.name}, rows")
+            tensors[one.name], errors[one.name] = _convert(
+                one, fmt, weights, lambda rows: progress.advance(task, rows)
+            )
     api.save(out, tensors, metadata)
-    _print_report(out, report, as_json)
-
-
-def _outcome(
-    source: Source, made: QuantTensor, error: float | None, because: str | None
-) -> Quantized:
-    return Quantized(
-        source.name, source.shape, source.format, made.format.name,
-        source.nbytes, made.nbytes, error, because,
-    )  # fmt: skip
+    report = [
+        Quantized(
+            one.name, one.shape, one.format, tensors[one.name].format.name, one.nbytes,
+            tensors[one.name].nbytes, errors.get(one.name), reasons[one.name],
+        )
+        for one in sources
+    ]  # fmt: skip
+    if as_json:
+        print_json({"file": str(out), "tensors": [asdict(one) for one in report]})
+    else:
+        _print_report(out, report)
 
 
 def _load(path: Path) -> Array:
@@ -163,7 +163,7 @@ def _array_source(array: Array, name: str, path: Path) -> Source:
 
 def _keep_because(one: Source, fmt: BlockFormat) -> str | None:
     """Why a tensor of a GGUF file stays as it is, or None; that of a .npy never does."""
-    if one.kept is None:
+    if one.tensor is None:
         return None
     if one.format not in _FLOATS or one.format == fmt.name:
         return f"is in {one.format} already"
@@ -188,6 +188,8 @@ def _convert(
 ) -> tuple[QuantTensor, float]:
     """The tensor in another format, and its relative error; a chunk of rows at a time."""
     k = source.shape[-1]
+    if weights is not None and len(weights) != k:
+        weights = None  # they belong to other tensors
     data = np.empty((source.count, fmt.row_bytes(k)), np.uint8)
     error = power = 0.0
     step = max(1, _CHUNK // k)
@@ -215,15 +217,7 @@ def _sum_of_squares(x: Array) -> float:
     return float(np.sum(np.square(x, dtype=np.float64)))
 
 
-def _print_report(out: Path, report: list[Quantized], as_json: bool) -> None:
-    before = sum(one.bytes_before for one in report)
-    after = sum(one.bytes_after for one in report)
-    if as_json:
-        tensors = [asdict(one) for one in report]
-        print_json(
-            {"file": str(out), "tensors": tensors, "bytes_before": before, "bytes_after": after}
-        )
-        return
+def _print_report(out: Path, report: list[Quantized]) -> None:
     numbers = ["size", "then", "relative RMSE"]
     shown = table("tensor", "shape", "format", *numbers, "", right=numbers)
     for one in report:
@@ -237,10 +231,9 @@ def _print_report(out: Path, report: list[Quantized], as_json: bool) -> None:
             "" if one.because is None else f"kept: it {one.because}",
         )
     console().print(shown)
-    print(
-        f"{out}: {human_bytes(after)} of tensors instead of {human_bytes(before)}"
-        f" ({after / before:.1%})" if before else f"{out}: no tensors"
-    )  # fmt: skip
+    before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)
+    share = f" ({after / before:.1%})" if before else ""
+    print(f"{out}: {human_bytes(after)} of tensors instead of {human_bytes(before)}{share}")
 
 
 def _times(shape: tuple[int, ...]) -> str:
@@ -291,6 +284,3 @@ def _shortened(value: Any) -> str:
     line = " ".join(text[: 4 * _LONGEST_VALUE].split())
     shortened = line if len(line) <= _LONGEST_VALUE else line[: _LONGEST_VALUE - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in shortened)
-
-
-__all__ = ["inspect", "quantize"]

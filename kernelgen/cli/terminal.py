@@ -43,7 +43,7 @@ Variant = Annotated[
     typer.Option(
         "--isa",
         metavar="I",
-        help="The variant of a target to use, such as an instruction set; by default the best here.",
+        help="The variant of a target, such as an instruction set; the best here by default.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -85,6 +85,15 @@ def pick_targets(given: Names, variant: str = "") -> list[Target]:
         known = ", ".join(v for one in every for v in one.variants)
         raise TargetError(f"no target has a variant {variant!r}; known are {known}")
     return found
+
+
+def said_of(device: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a device, in words."""
+    words = {True: "yes", False: "no"}
+    return [
+        (key.replace("_", " "), words[value] if isinstance(value, bool) else str(value))
+        for key, value in device.items()
+    ]
 
 
 def console(*, stderr: bool = False) -> Console:

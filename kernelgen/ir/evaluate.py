@@ -119,8 +119,8 @@ def _apply(
         return lanes[0] | lanes[1] | lanes[2] | lanes[3]
     if op == "lookup":
         values = np.asarray([v & 255 for v in node.attr] + [0] * (256 - len(node.attr)), np.uint32)
-        bytes_ = [(args[0] >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)]
-        lanes = [values[one] << np.uint32(8 * i) for i, one in enumerate(bytes_)]
+        codes = [(args[0] >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)]
+        lanes = [values[code] << np.uint32(8 * i) for i, code in enumerate(codes)]
         return lanes[0] | lanes[1] | lanes[2] | lanes[3]
     return _BINARY[op](args[0], args[1])
 
@@ -143,11 +143,13 @@ def _elements(array: Array, index: Array) -> Array:
     blocks = np.broadcast_shapes(array.shape[:-1], index.shape[:-1])
     array = np.broadcast_to(array, (*blocks, array.shape[-1]))
     index = np.broadcast_to(index, (*blocks, index.shape[-1]))
-    return np.take_along_axis(array, np.clip(index, 0, array.shape[-1] - 1), axis=-1)
+    found: Array = np.take_along_axis(array, np.clip(index, 0, array.shape[-1] - 1), axis=-1)
+    return found
 
 
 def _erf(x: Array) -> Array:
     """The error function in double precision (Abramowitz & Stegun has 7 digits; math.erf all)."""
     import math
 
-    return np.vectorize(math.erf, otypes=[np.float64])(x.astype(np.float64))
+    result: Array = np.vectorize(math.erf, otypes=[np.float64])(x.astype(np.float64))
+    return result

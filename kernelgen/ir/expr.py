@@ -147,6 +147,9 @@ class Expr:
             " use kernelgen.ir.where(condition, a, b) instead of if, and, or"
         )
 
+    def __getitem__(self, index: object) -> Expr:
+        raise ExprError(f"{self} is one value and has no elements; write it without [{index}]")
+
     # Operators. A Python number takes the type of the expression beside it.
     def __add__(self, other: Scalar) -> Expr:
         return _binary("+", self, other)
@@ -230,7 +233,7 @@ def const(value: int | float, dtype: DType) -> Expr:
     """A constant; integers wrap to 32 bits, floats keep the value rounded to single precision."""
     if dtype is BOOL:
         return Expr("const", BOOL, attr=bool(value))
-    if not isinstance(value, numbers.Real):
+    if not _is_number(value):
         raise ExprError(f"{value!r} is not a number and cannot stand in an expression")
     if dtype is F32:
         # struct would raise on overflow where IEEE rounds to infinity; numpy does what IEEE says
@@ -362,6 +365,11 @@ def splat(byte: int) -> Expr:
 def element(name: str, index: Expr) -> Expr:
     """Element `index` of a walk's local array `name` of u32 words."""
     return Expr("element", U32, (index,), name)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a Python or numpy number."""
+    return isinstance(value, numbers.Real)
 
 
 def _is_float(value: object) -> bool:

@@ -17,6 +17,7 @@ What fits none of these is decoded lane by lane and put together, and the reason
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernelgen.errors import ExprError
@@ -189,7 +190,7 @@ def _pack_select(expr: Expr, lane: Expr) -> Expr:
     return where(expr.args[0], _pack(expr.args[1], lane), _pack(expr.args[2], lane))
 
 
-_HANDLERS = {
+_HANDLERS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "load": _pack_load, "&": _pack_and, "|": _pack_or, "^": _pack_or, ">>": _pack_shift_right,
     "<<": _pack_no_carry, "+": _pack_no_carry, "*": _pack_no_carry, "cast": _pack_cast,
     "table": _pack_table, "select": _pack_select, "named": lambda e, lane: _pack(e.args[0], lane),

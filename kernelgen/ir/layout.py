@@ -46,7 +46,8 @@ AXES = ("tile", "lane", "block", "field", "unit", "byte")
 
 def unit_bytes(one: Field) -> int:
     """Bytes of a unit of this field."""
-    return 4 if one.nbytes % 4 == 0 else one.storage.nbytes
+    whole_words = one.nbytes % 4 == 0 and one.storage.dtype.is_int  # floats are not cut out of words
+    return 4 if whole_words else one.storage.nbytes
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,6 @@ def lower_to_words(expr: Expr) -> Expr:
         lowest = index % per_word * width
         if one.storage.lo < 0:  # shift the element to the top, then back with its sign
             return (cast(I32, unit << (32 - width - lowest))) >> (32 - width)
-        if one.storage.name == "f16":
-            return None
         return cast(I32, (unit >> lowest) & ((1 << width) - 1))
 
     return transform(expr, change)

@@ -49,7 +49,7 @@ def _interval(expr: Expr, whole: Interval) -> Interval:
         return interval(args[0])  # interval() widens it again if it does not fit
     if op in ("<", "=="):
         return _compare(expr)
-    if len(args) != 2 or not args[0].dtype.value in _LIMITS:
+    if len(args) != 2 or args[0].dtype.value not in _LIMITS:
         return whole
     return _binary(op, interval(args[0]), interval(args[1]), whole)
 

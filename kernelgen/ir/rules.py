@@ -17,9 +17,9 @@ from typing import Any
 
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import (
-    LOADS,
     BOOL,
     F32,
+    LOADS,
     Expr,
     const,
     rebuild,
@@ -101,9 +101,9 @@ class Law:
         if not _match(self.left, expr, bound, root=True):
             return None
         scope = _SCOPE | bound
-        if self.condition is not None and not eval(self.condition, scope):  # noqa: S307 our own text
+        if self.condition is not None and not eval(self.condition, scope):
             return None
-        result = eval(self.right, scope)  # noqa: S307 our own text, above
+        result = eval(self.right, scope)
         return result if isinstance(result, Expr) else const(result, expr.dtype)
 
 
@@ -119,7 +119,7 @@ def _parse(line: str) -> Law:
     scope = _SCOPE | _ANY | _CONSTANT | _CONDITION
     return Law(
         " ".join(line.split()),
-        eval(left, scope),  # noqa: S307 our own text, above
+        eval(left, scope),
         compile(right.strip(), "<law>", "eval"),
         compile(condition.strip(), "<law>", "eval") if condition else None,
     )

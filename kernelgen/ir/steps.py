@@ -90,7 +90,7 @@ def word_var(fmt: BlockFormat) -> Expr:
 def steps(fmt: BlockFormat) -> Steps:
     """The steps of a format, for layouts whose units are words."""
     if fmt.float_codes:
-        value = simplify(lower_to_words(fmt.value_expr(const(0, I32))))
+        value = simplify(lower_to_words(fmt.value_expr(var("i", fmt.block))))
         return Steps(fmt, tuple(loads(value)), (), None, None, None, 0, False, value, ())
     g, j = group_var(fmt), word_var(fmt)
     code, bias = unsigned_code(fmt, fmt.group * g + LANES * j + LANE)

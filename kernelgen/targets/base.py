@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from kernelgen.config import Capabilities, Config
-from kernelgen.errors import TargetError
+from kernelgen.errors import ShapeError, TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import (
     BITWISE,
@@ -163,6 +163,16 @@ class Weights(Protocol):
 
     @property
     def prepared(self) -> dict[Hashable, Any]: ...
+
+
+def check_rows(ids: Array, n: int) -> None:
+    """Raises ShapeError where `ids` names a row that a matrix of n rows does not have."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ShapeError(f"rows are named by integers (R,), not by {ids.dtype} {ids.shape}")
+    if ids.size and not (0 <= ids.min() and ids.max() < n):
+        raise ShapeError(
+            f"rows {ids.min()}..{ids.max()} were asked for; the matrix has rows 0..{n - 1}"
+        )
 
 
 class Runtime(Protocol):

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import ShapeError, TargetError
+from kernelgen.errors import TargetError
 from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
-from kernelgen.targets.base import Array, Kernel, Weights
+from kernelgen.targets.base import Array, Kernel, Weights, check_rows
 
 Buffer = Any
 
@@ -163,10 +163,7 @@ class DeviceRuntime:
     def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
         """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
         n, k = w.shape
-        if ids.size and not (0 <= ids.min() and ids.max() < n):
-            raise ShapeError(
-                f"rows {ids.min()}..{ids.max()} were asked for; the matrix has rows 0..{n - 1}"
-            )
+        check_rows(ids, n)
         y = np.empty((len(ids), k), np.float32)
         driver = self.driver()
         for piece in self.prepare(kernel, w):

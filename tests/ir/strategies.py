@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from kernelgen.ir.block import NUMPY_STORAGE
-from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import (
     BOOL,
     I32,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from kernelgen.errors import ExprError
-from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import (
     BOOL,
     F32,
@@ -26,7 +26,9 @@ from kernelgen.ir.expr import (
     call,
     cast,
     const,
+    element,
     equal,
+    fetch,
     load,
     logical_not,
     lookup,
@@ -213,6 +215,19 @@ def test_words_are_little_endian() -> None:
     seen = evaluate(word(QS, var("j", 2)), {"j": [0, 1]}, {"qs": BLOCKS})
     assert np.array_equal(seen, BLOCKS.view("<u4"))
     assert seen.dtype == np.uint32
+
+
+def test_words_of_a_walk_and_bytes_of_the_weights() -> None:
+    words = np.array([[5, 2**32 - 1], [7, 9]], np.uint32)
+    seen = evaluate(element("local", var("j", 2)), {"j": [1, 0]}, {"local": words})
+    assert np.array_equal(seen, words[:, ::-1])
+    weights = BLOCKS.reshape(-1)
+    for storage in ("u8", "i8", "u16", "i16", "u32", "f16", "f32"):
+        expr = fetch(STORAGES[storage], 4, var("at", 48))
+        stored = np.dtype(NUMPY_STORAGE[storage])
+        expected = [weights[a : a + stored.itemsize].view(stored)[0] for a in (0, 4, 40)]
+        seen = evaluate(expr, {"at": [0, 4, 40]}, {"w": weights})
+        assert seen.tolist() == expected, storage
 
 
 def test_the_branch_not_taken_may_read_outside() -> None:

@@ -71,6 +71,16 @@ def _element_type(one: Field) -> str:
     return {"i8": "int8_t", "u8": "uint8_t"}.get(one.storage.name, "uint8_t")
 
 
+def _table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    """The smallest type that holds a table; a lookup takes bytes of either sign."""
+    if any(isinstance(v, float) for v in values):
+        return "float"
+    lo, hi = min(values), max(values)
+    if -128 <= lo and hi <= 127:
+        return "int8_t"
+    return "uint8_t" if 0 <= lo and hi <= 255 else "int32_t"
+
+
 _C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i64": "int64_t"}
 
 
@@ -96,6 +106,18 @@ TARGET = Target(
                 Argument("y", "out", "f32", ("COUNT", "block")),
                 Argument("COUNT", "size", "i64"),
             ),
+            contract=False,
+        ),
+        Walk(
+            "blocks", "get_rows", "", "dequantize.c.j2", NoConfig,
+            (
+                Argument("w", "in", "u8", ("N", "ROW_BYTES")),
+                Argument("ids", "in", "i64", ("ROWS",)),
+                Argument("y", "out", "f32", ("ROWS", "K")),
+                Argument("ROWS", "size", "i64"),
+                Argument("K", "size", "i64"),
+            ),
+            symbols=_SYMBOLS,
             contract=False,
         ),
         Walk(
@@ -133,7 +155,7 @@ TARGET = Target(
     support_files=(
         "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
     ),
-    globals={"element_type": _element_type, "parameters": _parameters},
+    globals={"element_type": _element_type, "parameters": _parameters, "table_type": _table_type},
     reserved=_RESERVED,
     variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "scalar"),
 )  # fmt: skip

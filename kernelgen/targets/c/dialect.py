@@ -6,7 +6,11 @@ Two dialects: `scalar`, plain C on one element, and `rows`, the vector types and
 
 from __future__ import annotations
 
-from kernelgen.targets.base import Dialect
+from collections.abc import Callable
+from typing import Any
+
+from kernelgen.ir.expr import BOOL, Expr
+from kernelgen.targets.base import ATOM, Dialect, Printer, varies
 
 _OPERATORS = {"//": "/"}
 
@@ -15,6 +19,9 @@ _COMMON = {
     "constant.u32": "{x}u",
     "select": "({condition} ? {a} : {b})",
 }
+
+#: of double precision, as the reference's are
+_FUNCTIONS = ("exp", "log", "sqrt", "tanh", "sin", "cos", "erf")
 
 SCALAR = Dialect(
     _COMMON
@@ -31,17 +38,62 @@ SCALAR = Dialect(
         "cast.i32>u32": "(uint32_t)({x})",
         "cast.u32>i32": "(int32_t)({x})",
         "cast.f32>i32": "(int32_t)({x})",
+        "cast.f32>u32": "(uint32_t)({x})",
         "cast.bool>i32": "({x})",
+        "cast.bool>u32": "(uint32_t)({x})",
+        "cast.bool>f32": "(float)({x})",
         "bitcast.i32>f32": "bits_to_f32((uint32_t)({x}))",
         "bitcast.u32>f32": "bits_to_f32({x})",
         "bitcast.f32>u32": "f32_to_bits({x})",
+        "bitcast.f32>i32": "(int32_t)f32_to_bits({x})",
         "bitcast.i32>u32": "(uint32_t)({x})",
         "bitcast.u32>i32": "(int32_t)({x})",
         "blend": "({condition} ? {a} : {b})",
+        "min": "({a} < {b} ? {a} : {b})",
+        "max": "({a} < {b} ? {b} : {a})",
         "table": "{table}[{index}]",
+        "call.abs": "fabsf({x})",
+        "call.rsqrt": "(float)(1 / sqrt({x}))",
+        **{f"call.{name}": f"(float){name}({{x}})" for name in _FUNCTIONS},
     },
     _OPERATORS,
 )
+
+
+class RowsPrinter(Printer):
+    """Prints what belongs to each row of a tile as a vector, and the rest as plain C."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        tables: Callable[[tuple[Any, ...]], str],
+        rename: Callable[[str], str] = str,
+    ) -> None:
+        super().__init__(dialect, tables, rename)
+        self._scalar = Printer(SCALAR, tables, rename)
+
+    def vector(self, expr: Expr) -> str:
+        """A vector, also of what is the same in all rows."""
+        text = self(expr)
+        return text if varies(expr) else f"splat_{expr.dtype.value}({text})"
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        if not varies(expr):
+            return self._scalar._print(expr)
+        op, args = expr.op, expr.args
+        if op in ("min", "max"):
+            chosen = args if op == "min" else args[::-1]
+            return self._print(Expr("select", expr.dtype, (Expr("<", BOOL, args), *chosen)))
+        if op == "select" and expr.dtype is BOOL:
+            if [a.attr for a in args[1:]] == [False, True]:
+                return f"({self(args[0])} == 0)", ATOM
+        elif op == "select":
+            condition, a, b = self(args[0]), self.vector(args[1]), self.vector(args[2])
+            if not varies(args[0]):
+                return self._dialect.word("select").format(condition=condition, a=a, b=b), ATOM
+            return f"blend_{expr.dtype.value}({condition}, {a}, {b})", ATOM
+        return super()._print(expr)
+
 
 ROWS = Dialect(
     _COMMON
@@ -56,17 +108,27 @@ ROWS = Dialect(
         "word": "rows_u32({field}, {index})",
         "element": "{name}[{index}]",
         "cast.i32>f32": "to_f32({x})",
+        "cast.u32>f32": "unsigned_to_f32({x})",
+        "cast.f32>i32": "to_i32({x})",
         "cast.u32>i32": "(i32v)({x})",
         "cast.i32>u32": "(u32v)({x})",
+        "cast.bool>i32": "({x} & 1)",  # true is -1 in a vector
+        "cast.bool>u32": "(u32v)({x} & 1)",
+        "cast.bool>f32": "to_f32({x} & 1)",
         "bitcast.i32>f32": "(f32v)({x})",
         "bitcast.u32>f32": "(f32v)({x})",
         "bitcast.f32>u32": "(u32v)({x})",
+        "bitcast.f32>i32": "(i32v)({x})",
         "bitcast.i32>u32": "(u32v)({x})",
         "bitcast.u32>i32": "(i32v)({x})",
-        "blend": "blend({condition}, {a}, {b})",
         "table": "gather({table}, {index})",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
+        **{f"spread{bits}": f"spread({{x}}, {bits})" for bits in range(2, 9)},
+        "call.abs": "each_row(fabsf, {x})",
+        "call.rsqrt": "1 / each_row(sqrt, {x})",
+        **{f"call.{name}": f"each_row({name}, {{x}})" for name in _FUNCTIONS},
     },
     _OPERATORS,
+    RowsPrinter,
 )

@@ -26,7 +26,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.ir.ops import Activations
-from kernelgen.targets.base import Array, Kernel, Weights
+from kernelgen.targets.base import Array, Kernel, Weights, check_rows
 
 log = logging.getLogger("kernelgen")
 
@@ -264,6 +264,14 @@ class CRuntime:
         """Values of w, float32, of its shape."""
         y = np.empty(w.shape, np.float32)
         self.program(kernel)(w.data, y, y.size // w.format.block)
+        return y
+
+    def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
+        """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
+        ids = np.ascontiguousarray(ids, np.int64)
+        check_rows(ids, w.shape[0])
+        y = np.empty((len(ids), w.shape[-1]), np.float32)
+        self.program(kernel)(w.data, ids, y, *y.shape)
         return y
 
     def quantize(self, kernel: Kernel, x: Array) -> Activations:

@@ -89,29 +89,50 @@ INLINE u32v rows_u32(const uint8_t *field, ptrdiff_t index) {
 INLINE f32v rows_f32(const uint8_t *field, ptrdiff_t index) { return (f32v)rows_u32(field, index); }
 
 INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
+INLINE f32v unsigned_to_f32(u32v x) { return __builtin_convertvector(x, f32v); }
+INLINE i32v to_i32(f32v x) { return __builtin_convertvector(x, i32v); }
 INLINE u32v splat_u32(uint32_t x) { return (u32v){0} + x; }
 INLINE i32v splat_i32(int32_t x) { return (i32v){0} + x; }
-INLINE f32v splat_f32(float x) { return (f32v){0} + x; }
+INLINE f32v splat_f32(float x) { return x - (f32v){0}; }
 
-INLINE i32v blend(i32v condition, i32v a, i32v b) { return (a & condition) | (b & ~condition); }
+// a where the condition holds, which is -1 there and else 0; b in the other rows.
+INLINE i32v blend_i32(i32v condition, i32v a, i32v b) { return (a & condition) | (b & ~condition); }
+INLINE u32v blend_u32(i32v condition, u32v a, u32v b) {
+    return (u32v)blend_i32(condition, (i32v)a, (i32v)b);
+}
+INLINE f32v blend_f32(i32v condition, f32v a, f32v b) {
+    return (f32v)blend_i32(condition, (i32v)a, (i32v)b);
+}
 
-// An entry for each row, of tables that are too large for `lookup`.
+// An entry of a table for each row.
 #define gather(table, index) \
     _Generic((table)[0], float: gather_f32, int32_t: gather_i32, uint8_t: gather_u8, \
              int8_t: gather_i8)(table, index)
-#define GATHER(name, entry, vector)                            \
-    INLINE vector name(const entry *table, i32v index) {       \
-        vector y;                                              \
+#define GATHER(name, entry, vector)                             \
+    INLINE vector name(const entry *table, i32v index) {        \
+        vector y;                                               \
         for (int n = 0; n < LANES; n++) y[n] = table[index[n]]; \
-        return y;                                              \
+        return y;                                               \
     }
 GATHER(gather_f32, float, f32v)
 GATHER(gather_i32, int32_t, i32v)
 GATHER(gather_u8, uint8_t, i32v)
 GATHER(gather_i8, int8_t, i32v)
 
-// Byte l of each lane becomes bit l of x, l = 0..3: the product puts copies of the four bits at
-// distances of 7, so that bit l arrives at the bottom of byte l.
+#define each_row(function, x)                                       \
+    ({                                                              \
+        f32v y_ = x;                                                \
+        for (int n = 0; n < LANES; n++) y_[n] = (float)function(y_[n]); \
+        y_;                                                         \
+    })
+
+// Four fields of so many bits that follow one another in x go to the bottom of a byte each.
+INLINE u32v spread(u32v x, int bits) {
+    const uint32_t mask = (1u << bits) - 1;
+    return (x & mask) | ((x >> bits) & mask) << 8 | ((x >> 2 * bits) & mask) << 16
+           | ((x >> 3 * bits) & mask) << 24;
+}
+// The same for single bits: the product puts copies of the four at distances of 7.
 INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 
 #if LANES == 16

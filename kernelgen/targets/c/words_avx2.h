@@ -22,7 +22,7 @@ INLINE i32v rows_i16(const uint8_t *field, ptrdiff_t index) {
     return (i32v)_mm256_cvtepi16_epi32(x);
 }
 
-INLINE u32v lookup(const int8_t *table, u32v index) {
+INLINE u32v lookup(const void *table, u32v index) {
     const __m128i entries = _mm_loadu_si128((const __m128i *)table);
     return (u32v)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), (__m256i)index);
 }

@@ -22,8 +22,8 @@ INLINE i32v rows_i16(const uint8_t *field, ptrdiff_t index) {
     return (i32v)vmovl_s16(vld1_s16((const int16_t *)(field + index * 2 * LANES)));
 }
 
-INLINE u32v lookup(const int8_t *table, u32v index) {
-    return (u32v)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)index);
+INLINE u32v lookup(const void *table, u32v index) {
+    return (u32v)vqtbl1q_s8(vld1q_s8((const int8_t *)table), (uint8x16_t)index);
 }
 
 typedef i32v partial;

@@ -26,11 +26,11 @@ INLINE i32v rows_i16(const uint8_t *field, ptrdiff_t index) {
     return y;
 }
 
-INLINE u32v lookup(const int8_t *table, u32v index) {
+INLINE u32v lookup(const void *table, u32v index) {
     u32v y = {0};
     for (int n = 0; n < LANES; n++)
         for (int l = 0; l < 4; l++)
-            y[n] |= (uint32_t)(uint8_t)table[(index[n] >> 8 * l) & 15] << 8 * l;
+            y[n] |= (uint32_t)((const uint8_t *)table)[(index[n] >> 8 * l) & 15] << 8 * l;
     return y;
 }
 

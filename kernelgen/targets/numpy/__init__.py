@@ -28,10 +28,12 @@ _SYMBOLS = {
 
 #: what Python and the templates call something; a format's field of that name gets an underscore
 _RESERVED = frozenset(
-    [*keyword.kwlist, *keyword.softkwlist, *dir(builtins)]
-    + ["np", "npt", "BLOCK", "BLOCK_BYTES", "CHUNK", "GROUP", "SMALLEST", "decode"]
-    + ["blocks", "code", "g", "i", "offset", "scale"]
-)
+    (
+        *keyword.kwlist, *keyword.softkwlist, *dir(builtins),
+        "np", "npt", "BLOCK", "BLOCK_BYTES", "CHUNK", "GROUP", "SMALLEST", "decode",
+        "blocks", "code", "g", "i", "offset", "scale",
+    )
+)  # fmt: skip
 
 
 def _integer_codes(fmt: BlockFormat) -> str | None:

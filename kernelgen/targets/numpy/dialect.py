@@ -131,23 +131,31 @@ def _lines(before: str, text: str, after: str, indent: str) -> Iterator[str]:
     if len(before + text + after) <= WIDTH:
         yield before + text + after
         return
-    if _cuts(text):
+    if cuts := _cuts(text):
+        if before == indent:  # inside of brackets already
+            yield from _parts(text, cuts, "", after, indent)
+            return
         text = f"({text})"
     opening, closing = _longest_bracket(text)
     if opening == closing:
         yield before + text + after
         return
     inside, deeper = text[opening + 1 : closing], indent + " " * 4
-    commas = _cuts(inside, ",")
-    cuts = commas or _cuts(inside)
     yield before + text[: opening + 1]
-    for a, b in pairwise([0, *cuts, len(inside)]):
-        part = inside[a:b].removeprefix(",").strip()
-        start = f"{part.split()[0]} " if a and not commas else ""  # the operator
-        yield from _lines(
-            deeper + start, part.removeprefix(start), "," if commas else "", deeper + " " * len(start)
-        )
+    if commas := _cuts(inside, ","):
+        yield from _parts(inside, commas, ",", ",", deeper)
+    else:
+        yield from _parts(inside, _cuts(inside), "", "", deeper)
     yield indent + text[closing:] + after
+
+
+def _parts(text: str, cuts: list[int], between: str, after: str, indent: str) -> Iterator[str]:
+    """`text` cut into lines, each behind its operator or with a comma (`between`) behind it."""
+    for a, b in pairwise([0, *cuts, len(text)]):
+        part = text[a:b].removeprefix(",").strip()
+        operator = f"{part.split()[0]} " if a and not between else ""
+        end = after if b == len(text) else between
+        yield from _lines(indent + operator, part.removeprefix(operator), end, indent)
 
 
 def _cuts(text: str, what: str = "") -> list[int]:
