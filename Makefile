@@ -14,6 +14,10 @@ INSTALLED := $(VENV)/.installed
 CROSS_INSTALLED := $(VENV)/.cross-installed
 PYTEST := $(BIN)/python -m pytest -n 2
 
+# the layer that speeds are quoted for: one row of activations, and many
+BENCH_SHAPES := --shape 1x4096x14336 --shape 128x4096x14336
+BENCH_FORMATS := $(foreach f,q2_K q3_K q4_0 q4_1 q4_K q5_0 q5_1 q5_K q6_K q8_0 iq4_nl mxfp4,--format $f)
+
 .DEFAULT_GOAL := help
 .PHONY: help install install-cross demo lint types generated check test test-all bench format clean
 
@@ -63,7 +67,7 @@ test-all: check install-cross
 	$(PYTEST)
 
 bench: install
-	$(BIN)/kernelgen bench
+	$(BIN)/kernelgen bench --target c $(BENCH_SHAPES) $(BENCH_FORMATS)
 
 format: install
 	$(BIN)/ruff check --fix

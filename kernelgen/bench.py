@@ -5,6 +5,7 @@ Every speed is a ratio of two things that ran in turns, on one machine, in one p
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import choose_precision
 from kernelgen.targets.base import Target
 from kernelgen.tensor import QuantTensor
-from kernelgen.verify import random_blocks
+from kernelgen.verify import sample_weights
 
 Array = npt.NDArray[Any]
 
@@ -84,6 +85,19 @@ def _burst(function: Callable[[], object], seconds: float) -> list[float]:
     return times
 
 
+def busy() -> str | None:
+    """Why times taken now are not to be trusted, or None."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= 0.5 * cpus:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {cpus} CPUs), so times and ratios are not to be"
+        " trusted"
+    )
+
+
 @dataclass(frozen=True)
 class Measured:
     """A fused matmul beside numpy's on the same matrix, dequantized beforehand to float32.
@@ -130,11 +144,11 @@ def matmul(
     times = compare(
         {
             "fused": lambda: api.matmul(x, w, target=target.name, precision=precision, out=y),
-            "numpy": lambda: np.matmul(x, dequantized.T, out=other),
+            "rival": lambda: np.matmul(x, dequantized.T, out=other),
         },
         repeats,
     )
-    fused, numpy = times["fused"], times["numpy"]
+    fused, numpy = times["fused"], times["rival"]
     return Measured(
         target.name, fmt.name, choose_precision(precision, fmt), m, n, k,
         fused.median, fused.minimum, numpy.median, numpy.minimum, numpy.median / fused.median,
@@ -143,6 +157,6 @@ def matmul(
 
 
 def sample_matrix(fmt: BlockFormat, n: int, k: int) -> QuantTensor:
-    """A matrix of random blocks; speed does not depend on what is in them."""
-    rows = random_blocks(fmt, min(n, _DISTINCT_ROWS), k)
+    """A matrix of quantized normal weights, some rows over and over."""
+    rows = sample_weights(fmt, min(n, _DISTINCT_ROWS), k)
     return QuantTensor(fmt, (n, k), np.resize(rows, (n, fmt.row_bytes(k))))

@@ -288,7 +288,7 @@ def test_build_writes_and_checks(tmp_path: Path) -> None:
     assert {k["format"] for k in listed} == {"q4_0"}
     assert all((folder / k["file"]).exists() for k in listed)
     assert "no files changed" in build(tmp_path).stdout
-    assert "no files" in build(tmp_path, "--check").stdout
+    assert "all up to date" in build(tmp_path, "--check").stdout
 
     (folder / listed[0]["file"]).write_text("stale")
     (folder / listed[1]["file"]).unlink()
@@ -399,6 +399,13 @@ def test_bench_measures_what_was_asked_for() -> None:
         assert one["gflop_per_s"] == pytest.approx(2e-9 * one["m"] * 64 * 256 / one["fused"])
     text = run(*arguments).stdout
     assert "1 x 64 x 256" in text and "times faster" in text and np.__version__ in text
+
+
+def test_bench_says_that_the_machine_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("bench", "--target", "numpy", "--shape", "1x8x256", "--repeats", 1)
+    for load, said in ((0.0, False), (1000.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, load, load))
+        assert ("busy" in run(*arguments).stderr) == said
 
 
 def test_compare_takes_turns() -> None:

@@ -25,9 +25,21 @@ from kernelgen.config import NoConfig
 from kernelgen.errors import TargetError
 from kernelgen.files import file_name, kernels
 from kernelgen.generate import generate
-from kernelgen.ir import F32, U32, BlockFormat, bitcast, cast, const, formats, table, var, where
+from kernelgen.ir import (
+    F32,
+    U32,
+    BlockFormat,
+    bitcast,
+    cast,
+    const,
+    equal,
+    formats,
+    table,
+    var,
+    where,
+)
 from kernelgen.ir.evaluate import NUMPY_DTYPES
-from kernelgen.ir.expr import I32, Expr, call, transform, walk
+from kernelgen.ir.expr import I32, Expr, call, logical_not, spread, transform, walk
 from kernelgen.ir.ops import matmul, quantize_activations
 from kernelgen.ir.rules import simplify
 from kernelgen.problem import relative_error
@@ -51,9 +63,11 @@ AWKWARD = BlockFormat(
         "np": "u32", "lambda": "f16", "scale": "u16", "i": "u8[4]", "x": "i16[4]", "None": "i8[32]",
     },
     ints={"blocks": lambda b, g: b.i[g] & 7, "scale_": lambda b, g: b.x[g] + b.scale},
-    code=lambda b, i: ((getattr(b, "None")[i] & 15) ^ cast(I32, (b.np >> (i % 32)) & 1)),
+    code=lambda b, i: (
+        (getattr(b, "None")[i] & 15) ^ cast(I32, ((b.np >> i) & 1) | (b.np >> 28))
+    ),
     scale=lambda b, g: getattr(b, "lambda") * b.blocks[g],
-    offset=lambda b, g: getattr(b, "lambda") * b.scale_[g],
+    offset=lambda b, g: getattr(b, "lambda") * (b.scale_[g] + b.blocks[3 - g] + b.blocks[0]),
     bias=-3,
     source='a "made up" one: """ \\N and\n' + "long " * 30,
 )  # fmt: skip
@@ -453,9 +467,18 @@ def test_types_survive_where_only_constants_meet() -> None:
     assert printer(const(float("-inf"), F32)) == "-np.inf"
 
 
-def test_a_packed_operation_has_no_word() -> None:
-    from kernelgen.ir.expr import spread
+def test_text_is_python_where_it_is_not_mathematics() -> None:
+    g = var("g", 8)
+    printer = ArrayPrinter(ARRAYS, str)
+    assert printer(equal(g < 4, g < 2)) == "(g < 4) == (g < 2)"
+    assert printer(logical_not(g < 4)) == "~(g < 4)"
+    assert printer(g + -(2**31)) == "g + -2147483648"  # the opposite is no int32
+    qs = formats.get("q4_0").view.qs
+    assert printer(qs[qs[g]]) == "np.take_along_axis(qs, np.clip(qs[:, g], 0, 15), axis=1)"
+    assert printer(qs[99]) == "qs[:, 15:16]"
 
+
+def test_a_packed_operation_has_no_word() -> None:
     with pytest.raises(TargetError, match="spread1"):
         ArrayPrinter(ARRAYS, str)(spread(1, cast(U32, var("g", 8))))
 

@@ -29,13 +29,15 @@ LEVELS = (
     ("ir",),
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
     ("targets.base",),
+    ("targets.simt", "targets.device"),  # what several targets share
     ("targets.*",),
     ("targets",),
     ("generate", "tuner"),
     ("", "__main__", "api", "bench", "cli", "demo", "files", "verify"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-TARGETS_OWN = ("targets/__init__.py", "targets/base.py")
+SHARED_BY_TARGETS = ("base", "simt", "device")
+TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 
 #: formats that are also the names of plain types
 PLAIN_FORMATS = {"f32", "f16", "bf16"}
@@ -104,7 +106,7 @@ def module_of(path: str) -> str:
 def room_of(module: str) -> str:
     """The room of one of kernelgen's modules, as `LEVELS` names it."""
     parts = module.split(".")[1:]
-    if parts[:1] == ["targets"] and len(parts) > 1 and parts[1] != "base":
+    if parts[:1] == ["targets"] and len(parts) > 1 and parts[1] not in SHARED_BY_TARGETS:
         return "targets.*"
     return ".".join(parts[:2] if parts[:1] == ["targets"] else parts[:1])
 

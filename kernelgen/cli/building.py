@@ -116,9 +116,10 @@ def _report_check(built: dict[str, Any]) -> None:
     for path in built["left_over"]:
         print(f"  left over {path}")
     wrong = len(built["stale"]) + len(built["left_over"])
+    said = f"{wrong} files are not as they should be" if wrong else "all up to date"
     print(
-        f"{built['target']}: {built['kernels']} kernels, {wrong or 'no'} files in"
-        f" {built['folder']} are not as they should be, {built['seconds']:.1f} s"
+        f"{built['target']}: {built['kernels']} kernels in {built['folder']}, {said},"
+        f" {built['seconds']:.1f} s"
     )
 
 

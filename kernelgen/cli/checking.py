@@ -151,6 +151,9 @@ def bench(
         for _, _, k in shapes:
             fmt.row_bytes(k)  # refuses what does not divide, before anything is timed
     runtimes = list(_runtimes(target or [api.default_target()], ""))
+    warning = benchmark.busy()
+    if warning:
+        complain(f"warning: {warning}")
     problems = [(t, fmt, s) for t, _ in runtimes for fmt in formats for s in shapes]
     results: list[benchmark.Measured] = []
     with progress_bar(console(stderr=True)) as progress:
@@ -176,7 +179,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def _print_measured(results: list[benchmark.Measured]) -> None:
-    numbers = ["fused", "numpy", "times faster", "GB/s", "GFLOP/s"]
+    numbers = ["fused", "numpy float32", "times faster", "GB/s", "GFLOP/s"]
     shown = table("target", "format", "precision", "M x N x K", *numbers, right=numbers)
     for one in results:
         shown.add_row(

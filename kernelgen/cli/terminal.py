@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -119,9 +120,10 @@ def table(*columns: str, right: Iterable[str] = (), title: str | None = None) ->
     return made
 
 
-def progress_bar(on: Console) -> Progress:
+@contextlib.contextmanager
+def progress_bar(on: Console) -> Iterator[Progress]:
     """A bar that is gone when the work is done, and not there at all when piped."""
-    return Progress(
+    bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -131,6 +133,11 @@ def progress_bar(on: Console) -> Progress:
         transient=True,
         disable=not on.is_terminal,
     )
+    if bar.disable:
+        yield bar  # rich 13 ends even a disabled one with an empty line
+        return
+    with bar:
+        yield bar
 
 
 def print_json(data: Any) -> None:

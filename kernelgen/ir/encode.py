@@ -133,11 +133,12 @@ def _scatter(flat: Array, values: Array, where: Bits) -> None:
     for k in range(where.width):
         for element, position in enumerate(where.position[:, k]):
             moves.setdefault((k, int(position) % 8), []).append((element, int(position) // 8))
-    unsigned = values.astype(np.uint8)
+    unsigned = values.astype(np.uint32)
     for (bit, target), pairs in moves.items():
         elements, bytes_ = (np.array(side) for side in zip(*pairs, strict=True))
         # two elements of one byte cannot both have this (bit, target): positions are unique
-        flat[:, bytes_] |= ((unsigned[:, elements] >> bit) & 1) << target
+        set_bits = ((unsigned[:, elements] >> bit) & 1) << target
+        flat[:, bytes_] |= set_bits.astype(np.uint8)
 
 
 def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
@@ -151,6 +152,9 @@ def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
         evaluate(value, {"total": sums[:, j : j + 1] + (1 << 30)}, fields) for j in range(one.count)
     ]
     stored = np.concatenate([np.broadcast_to(c, (len(flat), 1)) for c in columns], axis=1)
+    dtype = np.dtype(NUMPY_STORAGE[one.storage.name])
+    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+    stored = np.clip(stored, limits.min, limits.max)  # a sum may exceed what f16 holds
     flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(
         stored.astype(NUMPY_STORAGE[one.storage.name])
     ).view(np.uint8)

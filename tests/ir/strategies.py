@@ -209,7 +209,8 @@ def operands(draw: Draw, dtype: DType) -> Expr:
     """What a pattern variable stands for: often a multiple, or small, so that laws apply."""
     e = draw(ints(dtype, draw(st.integers(0, 2))))
     c, m = draw(st.sampled_from(SMALL)), draw(st.sampled_from((4, 8, 12, 64)))
-    return draw(st.sampled_from((e, e % c, e % 3, (e % c) * m, const(c, dtype), const(m, dtype))))
+    multiple = (e % c) * m
+    return draw(st.sampled_from((e, e % c, e % 3, multiple, multiple, const(c, dtype))))
 
 
 @st.composite

@@ -72,7 +72,10 @@ def times_fired(law: Law, **how: Any) -> int:
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.text)
 def test_law_holds_and_fires(law: Law) -> None:
-    assert times_fired(law, max_examples=EXAMPLES) >= 3, "a dead law: hardly ever true"
+    fired = times_fired(law, max_examples=EXAMPLES)
+    if fired < EXAMPLES // 8:  # a condition that is rarely true is tried more often
+        fired = times_fired(law, max_examples=5 * EXAMPLES)
+    assert fired >= 10, "the law is dead: its condition is hardly ever true"
 
 
 WRONG = (
@@ -82,6 +85,7 @@ WRONG = (
     "x % a -> x & (a - 1) if a > 0",
     "x & a -> x if 0 <= lo(x) and hi(x) <= a",
     "min(x, y) -> x if lo(x) <= lo(y)",
+    "x + y < a -> x < a if div(x) and 0 <= lo(y) and hi(y) < div(x)",
     "where(p, x, y) -> x",
     # right for most numbers, wrong where the product of the constants wraps
     "(x // a) // b -> x // (a * b) if a > 0 and b > 0",
@@ -111,7 +115,7 @@ WRAPPING = (
     (N * 4) // 4, (N * 4) % 8 // 4, (N + 1) // 1, (N * 2 + G) // 2, (N * 16 + G) % 16, N + INT_MAX,
     (U * 4) // 4, (U + 8) % 3, (U * 3) % 3, (U - 1) // 2, (U << 4) % 48, N - INT_MIN, (N + N) // 2,
     (N * 8 + IX % 8) // 8, N * 4 < 8, N + G < 8, (N << 3) // 8, minimum(N + 1, N), (N * N) % 4,
-    (N - 1) // 4, (N + 5) % 4, (N - 5) // 4, (N - 8) // 4, (U + 8) // 4, (N % INT_MAX - 1) // 4,
+    ((N & INT_MAX) - 1) % 3, ((N & INT_MAX) - 1) // 3, (N - 1) // 4, (N + 5) % 4, (N - 5) // 4, (N - 8) // 4, (U + 8) // 4, (N % INT_MAX - 1) // 4,
     (cast(U32, N) + 0xFFFFFFFF) % 5, (N + INT_MAX) + INT_MAX, (N * 65536) * 65536, 0 - (0 - N),
     (N * INT_MIN) // INT_MIN, (U + 0x80000000) + 0x80000000, N // (1 << 20) // (1 << 20),
     (G * 6 + 1) // -2, (G * 6 + 1) % -2, N % INT_MIN, N // INT_MIN, (N // 3) * 3 + N % 3,

@@ -1,0 +1,111 @@
+"""The words of CUDA C++."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kernelgen.targets.base import Argument, Dialect
+
+MEMORY = Dialect(
+    {
+        "constant.f32": "{x}f",
+        "constant.u32": "{x}u",
+        "select": "({condition} ? {a} : {b})",
+        "blend": "({condition} ? {a} : {b})",
+        "cast.i32>f32": "f32({x})",
+        "cast.u32>f32": "f32({x})",
+        "cast.i32>u32": "u32({x})",
+        "cast.u32>i32": "i32({x})",
+        "cast.bool>i32": "i32({x})",
+        "cast.bool>f32": "f32({x})",
+        "bitcast.i32>f32": "__int_as_float({x})",
+        "bitcast.u32>f32": "__uint_as_float({x})",
+        "bitcast.f32>u32": "__float_as_uint({x})",
+        "bitcast.f32>i32": "__float_as_int({x})",
+        "bitcast.i32>u32": "u32({x})",
+        "bitcast.u32>i32": "i32({x})",
+        "min": "min({a}, {b})",
+        "max": "max({a}, {b})",
+        "table": "{table}[{index}]",
+        "lookup": "lookup({table}, {index})",
+        "spread1": "spread1({x})",
+        "fetch.u8.1": "i32(w[{address}])",
+        "fetch.i8.1": "i32((signed char)w[{address}])",
+        "fetch.u16.1": "i32(u16_bytes(w + ({address})))",
+        "fetch.u16.2": "i32(u16_aligned(w + ({address})))",
+        "fetch.i16.1": "i32((short)u16_bytes(w + ({address})))",
+        "fetch.i16.2": "i32((short)u16_aligned(w + ({address})))",
+        "fetch.u32.1": "u32_bytes(w + ({address}))",
+        "fetch.u32.2": "u32_halves(w + ({address}))",
+        "fetch.u32.4": "u32_aligned(w + ({address}))",
+        "fetch.f16.1": "f16_to_f32(u16_bytes(w + ({address})))",
+        "fetch.f16.2": "f16_to_f32(u16_aligned(w + ({address})))",
+        "fetch.f32.1": "__uint_as_float(u32_bytes(w + ({address})))",
+        "fetch.f32.2": "__uint_as_float(u32_halves(w + ({address})))",
+        "fetch.f32.4": "__uint_as_float(u32_aligned(w + ({address})))",
+        "call.abs": "fabsf({x})",
+        "call.rsqrt": "rsqrtf({x})",
+        **{f"call.{n}": f"{n}f({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "erf")},
+    },
+    operators={"//": "/"},
+)
+
+_TYPES = {"f32": "float", "u32": "unsigned int", "i32": "int", "u8": "unsigned char"}
+
+
+class CudaWords:
+    """The statements of CUDA C++ (see kernelgen.targets.simt.Words)."""
+
+    def constant(self, name: str, value: int) -> str:
+        """A u32 known when the kernel is compiled."""
+        return f"#define {name} {value}u"
+
+    def table(self, name: str, values: tuple[int, ...]) -> str:
+        """A table of signed bytes."""
+        listed = ", ".join(map(str, values))
+        return f"__constant__ signed char {name}[{len(values)}] = {{{listed}}};"
+
+    def kernel(
+        self,
+        entry: str,
+        arguments: tuple[Argument, ...],
+        threads: int,
+        shared: Mapping[str, tuple[str, int]],
+    ) -> str:
+        """The head of a kernel."""
+        parameters = []
+        for one in arguments:
+            if one.role == "size":
+                parameters.append(f"const unsigned int {one.name}")
+            else:
+                const = "const " if one.role == "in" else ""
+                parameters.append(f"{const}{_TYPES[one.dtype]} *__restrict__ {one.name}")
+        lines = [
+            f'extern "C" __global__ void __launch_bounds__({threads})',
+            f"{entry}({', '.join(parameters)}) {{",
+            *(f"    __shared__ {_TYPES[t]} {name}[{count}];" for name, (t, count) in shared.items()),
+            "    const unsigned int thread = threadIdx.x, group_x = blockIdx.x;",
+            "    const unsigned int group_y = blockIdx.y, groups_y = gridDim.y;",
+        ]
+        return "\n".join(lines)
+
+    def let(self, dtype: str, name: str, value: str) -> str:
+        """A value that does not change."""
+        return f"const {_TYPES[dtype]} {name} = {value};"
+
+    def var(self, dtype: str, name: str, value: str) -> str:
+        """A variable."""
+        return f"{_TYPES[dtype]} {name} = {value};"
+
+    def array(self, dtype: str, name: str, count: int) -> str:
+        """An array of one thread, all zero."""
+        return f"{_TYPES[dtype]} {name}[{count}] = {{0}};"
+
+    def repeat(self, name: str, start: str | int, stop: str | int, step: str | int = 1) -> str:
+        """The head of a loop over a u32."""
+        following = f"{name}++" if step == 1 else f"{name} += {step}"
+        return f"for (unsigned int {name} = {start}; {name} < {stop}; {following}) {{"
+
+    def barrier(self) -> str:
+        """All threads of a block meet."""
+        return "__syncthreads();"
