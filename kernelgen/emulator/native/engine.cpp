@@ -1,0 +1,453 @@
+// Fibers, their order, barriers, operations of subgroups, and copies that arrive late.
+#include "internal.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+
+EmuIndex *emu_self;
+alignas(4096) unsigned char emu_dynamic_shared[emu::kMaxDynamic + 4096];
+
+namespace emu {
+
+World world;
+
+uint64_t bit(uint32_t lane) { return uint64_t(1) << lane; }
+
+// ---- the switch of stacks: save what a callee must keep, exchange the stack pointer, restore
+
+#if defined(__APPLE__)
+#define EMU_SYMBOL(name) "_" name
+#else
+#define EMU_SYMBOL(name) name
+#endif
+extern "C" void emu_switch_stack(void **from, void *to);
+extern "C" void emu_start_fiber(void);
+
+#if defined(__x86_64__)
+asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n" EMU_SYMBOL("emu_switch_stack") ":\n"
+    "  push %rbp\n  push %rbx\n  push %r12\n  push %r13\n  push %r14\n  push %r15\n"
+    "  mov %rsp, (%rdi)\n  mov %rsi, %rsp\n"
+    "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n  ret\n");
+constexpr size_t kSavedWords = 6;
+#elif defined(__aarch64__)
+asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n.p2align 2\n"
+    EMU_SYMBOL("emu_switch_stack") ":\n"
+    "  sub sp, sp, #160\n"
+    "  stp x19, x20, [sp]\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
+    "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
+    "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n  stp d12, d13, [sp, #128]\n"
+    "  stp d14, d15, [sp, #144]\n"
+    "  mov x9, sp\n  str x9, [x0]\n  mov sp, x1\n"
+    "  ldp x19, x20, [sp]\n  ldp x21, x22, [sp, #16]\n  ldp x23, x24, [sp, #32]\n"
+    "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
+    "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n  ldp d12, d13, [sp, #128]\n"
+    "  ldp d14, d15, [sp, #144]\n  add sp, sp, #160\n  ret\n");
+#else
+#error "the emulator runs on x86-64 and aarch64"
+#endif
+
+void switch_stack(void **from, void *to) { emu_switch_stack(from, to); }
+
+// ---- the queue of threads that can run
+
+static void enqueue(Block &block, Fiber &fiber) {
+    fiber.state = kReady;
+    uint32_t size = world.threads;
+    block.queue[(block.head + block.queued++) % size] = fiber.index.linear;
+}
+
+// Leaves the running thread, which has been put where it belongs, for the next that can run.
+static void run_next() {
+    Block &block = *world.block;
+    void **from = &self()->sp;
+    if (block.queued == 0) {
+        emu_self = nullptr;
+        switch_stack(from, world.scheduler);
+        return;
+    }
+    Fiber &next = block.fibers[block.queue[block.head]];
+    block.head = (block.head + 1) % world.threads;
+    block.queued--;
+    if (&next == self()) return;
+    emu_self = &next.index;
+    switch_stack(from, next.sp);
+}
+
+void abandon_block() {
+    void *lost;
+    world.block->queued = 0;
+    __atomic_store_n(&world.shared->stop, 1, __ATOMIC_RELAXED);
+    emu_self = nullptr;
+    switch_stack(&lost, world.scheduler);
+    __builtin_unreachable();
+}
+
+// The order in which threads run: forward, in reverse, or shuffled anew each time
+static std::vector<uint32_t> thread_order() {
+    static uint64_t state = 0;
+    std::vector<uint32_t> order(world.threads);
+    for (uint32_t i = 0; i < world.threads; i++) order[i] = i;
+    if (world.launch->order == 1)
+        for (uint32_t i = 0; i < world.threads; i++) order[i] = world.threads - 1 - i;
+    if (world.launch->order == 2) {
+        if (!state) state = 0x9E3779B97F4A7C15u * (world.launch->seed + 1) + world.block->number;
+        for (uint32_t i = world.threads - 1; i > 0; i--) {
+            state = state * 6364136223846793005u + 1442695040888963407u;
+            std::swap(order[i], order[(state >> 33) % (i + 1)]);
+        }
+    }
+    return order;
+}
+
+// ---- barriers
+
+static bool barrier_complete(Block &block, int id, int count) {
+    uint32_t waiting = 0;
+    for (Fiber &f : block.fibers)
+        if (f.state == kAtBarrier && f.barrier == id) waiting++;
+    if (count) return waiting >= uint32_t(count);
+    return waiting && waiting + block.done == world.threads;
+}
+
+// Lets all go on that wait at a barrier whose last thread has come.  It comes late in the order
+// too: whoever arrived last is no special thread.
+static void release_barrier(Block &block, int id, int count) {
+    std::vector<uint32_t> freed;
+    Fiber *first = nullptr;
+    for (uint32_t t : thread_order()) {
+        Fiber &f = block.fibers[t];
+        if (f.state != kAtBarrier || f.barrier != id) continue;
+        if (!first) first = &f;
+        if (f.strict && f.wait_line != first->wait_line)
+            report("barrier", {f.wait_line, 0}, {first->wait_line, 0}, &f,
+                   "divergent barrier: this thread waits at the barrier of line %d, thread %u of "
+                   "the block at that of line %d",
+                   f.wait_line, first->index.linear, first->wait_line);
+        freed.push_back(t);
+    }
+    if (!count && block.done && (world.launch->flags & kExitIsDivergence))
+        report("barrier", {first->wait_line, 0}, {}, first,
+               "divergent barrier: %u threads of the block returned without reaching it",
+               block.done);
+    if (world.checked) {
+        if (count && freed.size() < world.threads) shadow_partial(freed);
+        else shadow_barrier();
+    }
+    block.idle_yields = 0;
+    for (uint32_t t : freed) {
+        block.fibers[t].polls = 0;
+        enqueue(block, block.fibers[t]);
+    }
+}
+
+// ---- operations of subgroups
+
+static Fiber *lane_of(Block &block, const Fiber &fiber, uint32_t lane) {
+    uint32_t t = fiber.index.linear - fiber.index.lane + lane;
+    return lane < fiber.index.subgroup_lanes ? &block.fibers[t] : nullptr;
+}
+
+// Runs the operation that `fiber` waits in, if all of its lanes have come.
+static void try_subgroup(Block &block, Fiber &fiber) {
+    EmuOp *ops[64] = {};
+    uint64_t alive = 0, mask;
+    for (uint32_t l = 0; l < fiber.index.subgroup_lanes; l++) {
+        Fiber *other = lane_of(block, fiber, l);
+        if (other->state != kDone) alive |= bit(l);
+        if (other->state == kInSubgroup) ops[l] = other->op;
+    }
+    mask = fiber.op->mask ? fiber.op->mask & alive : alive;
+    for (uint32_t l = 0; l < 64; l++) {
+        if (!(mask & bit(l))) {
+            ops[l] = nullptr;
+            continue;
+        }
+        if (!ops[l] || ops[l]->mask != fiber.op->mask) return;
+    }
+    for (uint32_t l = 0; l < 64; l++)
+        if (ops[l] && (ops[l]->run != fiber.op->run || ops[l]->site != fiber.op->site)) {
+            Fiber *other = lane_of(block, fiber, l);
+            report("mask", {fiber.wait_line, 0}, {other->wait_line, 0}, &fiber,
+                   "lanes of one mask wait in different operations: this one in %s of line %d, "
+                   "lane %u in %s of line %d",
+                   fiber.op->name, fiber.wait_line, l, ops[l]->name, other->wait_line);
+            abandon_block();
+        }
+    EmuIndex *running = emu_self;
+    emu_self = &fiber.index;
+    fiber.op->run(ops, mask, int(fiber.index.subgroup_size));
+    emu_self = running;
+    block.idle_yields = 0;
+    std::vector<uint32_t> freed;
+    bool reverse = world.launch->order == 1;
+    for (uint32_t i = 0; i < fiber.index.subgroup_lanes; i++) {
+        uint32_t l = reverse ? fiber.index.subgroup_lanes - 1 - i : i;
+        if (!(mask & bit(l))) continue;
+        Fiber *other = lane_of(block, fiber, l);
+        other->polls = 0;
+        freed.push_back(other->index.linear);
+        enqueue(block, *other);
+    }
+    if (world.checked && fiber.op->orders_memory) shadow_partial(freed);
+}
+
+// A thread that returns may be the one that others waited for.
+static void thread_done() {
+    Block &block = *world.block;
+    Fiber &me = *self();
+    me.state = kDone;
+    block.done++;
+    block.idle_yields = 0;
+    for (uint32_t l = 0; l < me.index.subgroup_lanes; l++) {
+        Fiber *other = lane_of(block, me, l);
+        if (other->state == kInSubgroup) try_subgroup(block, *other);
+    }
+    for (Fiber &f : block.fibers)
+        if (f.state == kAtBarrier && barrier_complete(block, f.barrier, f.barrier_count))
+            release_barrier(block, f.barrier, f.barrier_count);
+    run_next();
+    __builtin_unreachable();
+}
+
+extern "C" void emu_start_fiber(void) {
+    world.entry(world.launch->args);
+    thread_done();
+}
+
+// ---- blocks
+
+static unsigned char *make_stacks() {
+    size_t bytes = size_t(world.threads) * kStackBytes;
+    void *map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) return nullptr;
+    for (uint32_t t = 0; t < world.threads; t++) // overflow meets an unmapped page
+        mprotect(static_cast<char *>(map) + t * kStackBytes, 16384, PROT_NONE);
+    return static_cast<unsigned char *>(map);
+}
+
+// Writes the poison that a kernel sees where it has written nothing.
+static void poison_shared() {
+    int poison = int(world.launch->poison);
+    memset(emu_dynamic_shared, poison, world.launch->dynamic_shared);
+    memset(emu_dynamic_shared + world.launch->dynamic_shared, 0xC5, 4096);
+    if (world.static_bytes) memset(world.statics, poison, world.static_bytes);
+}
+
+static void check_canary() {
+    const unsigned char *end = emu_dynamic_shared + world.launch->dynamic_shared;
+    for (int i = 0; i < 4096; i++)
+        if (end[i] != 0xC5) {
+            report("bounds", {0, 0}, {}, &world.block->fibers[0],
+                   "a thread of this block wrote byte %u of dynamic shared memory, of which the "
+                   "launch gave %u bytes",
+                   world.launch->dynamic_shared + i, world.launch->dynamic_shared);
+            return;
+        }
+}
+
+bool start_block(Block &block, uint32_t number) {
+    const Launch &launch = *world.launch;
+    uint32_t n = world.threads, sub = launch.subgroup;
+    block.number = number;
+    block.fibers.assign(n, Fiber());
+    block.queue.assign(n, 0);
+    block.head = block.queued = block.done = block.idle_yields = 0;
+    if (!block.stacks && !(block.stacks = make_stacks())) return false;
+    for (uint32_t t = 0; t < n; t++) {
+        Fiber &f = block.fibers[t];
+        EmuIndex &at = f.index;
+        uint32_t rest = t, where = number;
+        for (int a = 0; a < 3; a++) {
+            at.block_dim[a] = launch.block[a];
+            at.grid[a] = launch.grid[a];
+            at.thread[a] = rest % launch.block[a];
+            at.block[a] = where % launch.grid[a];
+            rest /= launch.block[a];
+            where /= launch.grid[a];
+        }
+        at.linear = t;
+        at.lane = t % sub;
+        at.subgroup = t / sub;
+        at.subgroup_size = sub;
+        at.subgroup_lanes = n - (t - at.lane) < sub ? n - (t - at.lane) : sub;
+        void **top = reinterpret_cast<void **>(block.stacks + (t + 1) * kStackBytes) - 32;
+        // the words that switch_stack restores, then where it returns to, on a stack aligned as
+        // after a call
+#if defined(__x86_64__)
+        memset(top, 0, 32 * sizeof(void *));
+        top[kSavedWords] = reinterpret_cast<void *>(emu_start_fiber);
+        f.sp = top;
+#else
+        memset(top, 0, 32 * sizeof(void *));
+        top[11] = reinterpret_cast<void *>(emu_start_fiber);
+        f.sp = top;
+#endif
+    }
+    world.block = &block;
+    for (uint32_t t : thread_order()) enqueue(block, block.fibers[t]);
+    poison_shared();
+    if (world.checked) shadow_begin_block();
+    return true;
+}
+
+// Why nobody can go on: says where all wait, of one thread per place.
+static void report_deadlock(Block &block) {
+    const Fiber *first = nullptr, *in_subgroup = nullptr;
+    char text[200] = "";
+    size_t used = 0;
+    std::vector<int> lines;
+    for (Fiber &f : block.fibers) {
+        if (f.state == kDone) continue;
+        bool known = false;
+        for (int line : lines) known |= line == f.wait_line;
+        if (f.state == kAtBarrier && !first) first = &f;
+        if (f.state == kInSubgroup && !in_subgroup) in_subgroup = &f;
+        if (known || used + 70 > sizeof text) continue;
+        lines.push_back(f.wait_line);
+        used += size_t(snprintf(text + used, sizeof text - used, "%sthread %u at %s of line %d",
+                                used ? ", " : "", f.index.linear,
+                                f.state == kAtBarrier ? "the barrier" : f.op->name, f.wait_line));
+    }
+    const Fiber *where = first ? first : in_subgroup;
+    report(first ? "barrier" : "mask", {where->wait_line, 0}, {}, where,
+           "%s: %u of %u threads returned, and the rest wait for each other: %s",
+           first ? "divergent barrier" : "divergent subgroup operation", block.done, world.threads,
+           text);
+    __atomic_store_n(&world.shared->stop, 1, __ATOMIC_RELAXED);
+}
+
+// Runs a block to its end, or until all of its threads only poll memory.
+void run_block(Block &block) {
+    world.block = &block;
+    if (block.queued) {
+        Fiber &first = block.fibers[block.queue[block.head]];
+        block.head = (block.head + 1) % world.threads;
+        block.queued--;
+        emu_self = &first.index;
+        switch_stack(&world.scheduler, first.sp);
+    }
+    if (__atomic_load_n(&world.shared->stop, __ATOMIC_RELAXED)) return;
+    if (block.queued) return; // polls: other blocks first
+    if (block.done < world.threads) report_deadlock(block);
+    else check_canary();
+}
+
+} // namespace emu
+
+using namespace emu;
+
+extern "C" {
+
+void emu_barrier(int id, int count, int line, int strict) {
+    Fiber &me = *self();
+    me.index.line = me.wait_line = line;
+    me.barrier = id;
+    me.barrier_count = count;
+    me.strict = strict;
+    me.state = kAtBarrier;
+    Block &block = *world.block;
+    if (barrier_complete(block, id, count)) release_barrier(block, id, count);
+    run_next();
+}
+
+int emu_barrier_reduce(int what, int value, int line) {
+    int *votes = world.block->votes;
+    votes[EMU_COUNT] += value != 0;
+    votes[EMU_AND] &= value != 0;
+    votes[EMU_OR] |= value != 0;
+    emu_barrier(0, 0, line, 1);
+    int result = votes[what];
+    emu_barrier(0, 0, line, 1); // until all have read it
+    votes[EMU_COUNT] = votes[EMU_OR] = 0;
+    votes[EMU_AND] = 1;
+    return result;
+}
+
+void emu_subgroup(EmuOp *op) {
+    Fiber &me = *self();
+    Block &block = *world.block;
+    me.index.line = me.wait_line = op->line;
+    me.op = op;
+    if (op->mask && !(op->mask & bit(me.index.lane)))
+        emu_fail("mask", op->line, "lane %u calls %s with mask 0x%llx, which does not name it",
+                 me.index.lane, op->name, static_cast<unsigned long long>(op->mask));
+    me.state = kInSubgroup;
+    for (uint32_t l = 0; op->mask && l < me.index.subgroup_lanes; l++) {
+        const Fiber *other = lane_of(block, me, l);
+        if (!(op->mask & bit(l)) || other->state != kInSubgroup) continue;
+        if (other->op->mask != op->mask && (other->op->mask & bit(me.index.lane)))
+            emu_fail("mask", op->line,
+                     "mismatched masks: %s with 0x%llx, but lane %u waits in %s of line %d with "
+                     "0x%llx",
+                     op->name, static_cast<unsigned long long>(op->mask), l, other->op->name,
+                     other->wait_line, static_cast<unsigned long long>(other->op->mask));
+    }
+    try_subgroup(block, me);
+    run_next();
+}
+
+void emu_yield(int line) {
+    Fiber &me = *self();
+    Block &block = *world.block;
+    if (line) me.index.line = line;
+    if (++block.idle_yields > 4 * world.threads + 64) {
+        // nobody gets on: let other blocks run
+        block.idle_yields = 0;
+        enqueue(block, me);
+        emu_self = nullptr;
+        switch_stack(&me.sp, world.scheduler);
+        return;
+    }
+    enqueue(block, me);
+    run_next();
+}
+
+void emu_fail(const char *kind, int line, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vreport(kind, {line, 0}, {}, self(), format, args);
+    va_end(args);
+    abandon_block();
+}
+
+// ---- cp.async: bytes arrive when they are waited for, which no machine does but any machine may
+
+static void arrive(const AsyncCopy &copy) {
+    memcpy(copy.to, copy.from, size_t(copy.from_bytes));
+    memset(static_cast<char *>(copy.to) + copy.from_bytes, 0, size_t(copy.bytes - copy.from_bytes));
+}
+
+void emu_async_copy(void *to, const void *from, int bytes, int from_bytes, int line) {
+    Fiber &me = *self();
+    me.index.line = line;
+    if (from_bytes) emu_touch(from, size_t(from_bytes), EMU_READ, line);
+    emu_touch(to, size_t(bytes), EMU_WRITE, line);
+    AsyncCopy copy{to, from, bytes, from_bytes, line, me.group};
+    if (world.launch->flags & kEagerCopies) {
+        arrive(copy);
+        return;
+    }
+    if (world.checked) shadow_async(copy, false);
+    me.copies.push_back(copy);
+}
+
+void emu_async_commit(void) { self()->group++; }
+
+void emu_async_wait(int groups_left) {
+    Fiber &me = *self();
+    size_t kept = 0;
+    for (const AsyncCopy &copy : me.copies) {
+        bool waited = groups_left < 0 || copy.group + uint32_t(groups_left) < me.group;
+        if (!waited) {
+            me.copies[kept++] = copy;
+            continue;
+        }
+        arrive(copy);
+        if (world.checked) shadow_async(copy, true);
+    }
+    me.copies.resize(kept);
+}
+
+} // extern "C"
