@@ -186,9 +186,7 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             {"name": target.name, "devices": runtime.describe(), "copy_bytes_per_s": copy}
         )
         for fmt, m in itertools.product(formats, options.m):
-            report["times"].append(
-                time_matmul(target, fmt, m, n, k, options.past, options.budget)
-            )
+            report["times"].append(time_matmul(target, fmt, m, n, k, options.past, options.budget))
     for m in options.m:
         report["times"] += rivals(m, n, k, options.budget)
     return report

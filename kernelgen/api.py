@@ -100,7 +100,7 @@ def _runtime(target: str) -> Runtime:
 @functools.cache
 def default_target() -> str:
     """The first target that can run here; a skipped one is logged with its reason."""
-    reasons = []
+    reasons: list[str] = []
     for name in target_list.PREFERENCE:
         reason = _runtime(name).available()
         if reason is None:
@@ -234,6 +234,6 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
 
 
 __all__ = [
-    "default_target", "dequantize", "formats", "get_rows", "kernel", "matmul", "open", "prepare", "quantize",
-    "register_format", "save", "source", "unregister_format",
+    "default_target", "dequantize", "formats", "get_rows", "kernel", "matmul", "open", "prepare",
+    "quantize", "register_format", "save", "source", "unregister_format",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Configurations: what a walk leaves open, as frozen dataclasses with the choices beside the fields.
+"""Configurations: what a walk leaves open.  Frozen dataclasses, with the choices beside the fields.
 
 A configuration says how, never what: every legal one computes the same result.  What a device can
 do is given as `Capabilities`, so that no rule here knows any device.

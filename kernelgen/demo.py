@@ -106,7 +106,9 @@ def run(folder: Path, console: Console) -> int:
     for result in failed:
         console.print(f"   {result.op} {result.format} {result.precision}: {result.problem}")
 
-    table = Table(title="4. y = x @ w.T, fused dequantize + matmul beside dequantize by kernel, then numpy")
+    table = Table(
+        title="4. y = x @ w.T, fused dequantize + matmul beside dequantize by kernel, then numpy"
+    )
     for heading in ("tensor", "format", "M x N x K", "error *", "fused ms", "numpy ms", "ratio"):
         table.add_column(heading, justify="left" if heading in ("tensor", "format") else "right")
     for m in (1, 32):

@@ -63,7 +63,8 @@ def tolerance(op: str) -> float:
     same inputs.
 
     Decoding is a few exact or singly rounded operations.  Activations are quantized with a
-    division that GPUs may round by 2.5 units in the last place, times up to 127 steps.  A sum of K products in float32, in pieces of a block or more, is
-    off by a few times 2^-24 * sqrt(K): 1e-5 leaves room up to K of a hundred thousand.
+    division that GPUs may round by 2.5 units in the last place, times up to 127 steps.  A sum of
+    K products in float32, in pieces of a block or more, is off by a few times 2^-24 * sqrt(K):
+    1e-5 leaves room up to K of a hundred thousand.
     """
     return {"dequantize": 1e-6, "get_rows": 1e-6, "quantize": 1e-4, "prepare": 0.0}.get(op, 1e-5)

@@ -59,5 +59,5 @@ def test_built_for_every_target(registered: None, tmp_path: object) -> None:
 
 
 def test_unknown_before_and_after() -> None:
-    with pytest.raises(FormatError, match="three_bits.*known are"):
+    with pytest.raises(FormatError, match=r"three_bits.*known are"):
         kernelgen.quantize(np.ones((1, 64), np.float32), "three_bits")

@@ -166,12 +166,12 @@ def _keep_because(one: Source, fmt: BlockFormat) -> str | None:
     if one.tensor is None:
         return None
     if one.format not in _FLOATS or one.format == fmt.name:
-        return f"is in {one.format} already"
+        return f"{one.format} already"
     if len(one.shape) < 2:
-        return "is no matrix"
+        return "no matrix"
     if one.shape[-1] % fmt.block:
-        return f"has rows of {one.shape[-1]}, no multiple of {fmt.block}"
-    return "is empty" if not math.prod(one.shape) else None
+        return f"{one.shape[-1]} columns, no multiple of {fmt.block}"
+    return "empty" if not math.prod(one.shape) else None
 
 
 def _check_importance(weights: Array | None, quantized: list[Source]) -> None:
@@ -228,7 +228,7 @@ def _print_report(out: Path, report: list[Quantized]) -> None:
             human_bytes(one.bytes_before),
             human_bytes(one.bytes_after),
             "" if one.error is None else f"{one.error:.4g}",
-            "" if one.because is None else f"kept: it {one.because}",
+            "" if one.because is None else f"kept: {one.because}",
         )
     console().print(shown)
     before, after = sum(r.bytes_before for r in report), sum(r.bytes_after for r in report)

@@ -1,8 +1,8 @@
 """What a block format is: fields, and three expressions.
 
 Every block format is  x[i] = scale(g) * (code(i) - bias) + offset(g)  with g = i // group.  From
-this one description come the reference, the scalar and packed decode of every target, the integer dot
-products, the layouts, the encoder and the quantizer.
+this one description come the reference, the scalar and packed decode of every target, the integer
+dot products, the layouts, the encoder and the quantizer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kernelgen.ir.expr import F32, I32, STORAGES, Expr, Field, cast, const, load
 from kernelgen.ir.ranges import interval
 
 Array = npt.NDArray[Any]
+
 
 class FieldView:
     """A field with several elements, as seen by a format's expressions: `b.qs[i]`."""
@@ -172,14 +173,16 @@ class BlockFormat:
         """The value of element i, f32."""
         return self.value_of(self.code_expr(i), i // self.group)
 
-    def total_offset_expr(self, g: Expr) -> Expr | None:
+    def total_offset_expr(self, g: Expr, bias: int | None = None) -> Expr | None:
         """What is added to scale(g) * code: -bias * scale(g) + offset(g); None where it is zero.
 
-        An integer dot product multiplies it by the sum of the group's activations.
+        An integer dot product multiplies it by the sum of the group's activations.  `bias` is the
+        format's own unless codes are shifted.
         """
-        if not self.bias:
+        bias = self.bias if bias is None else bias
+        if not bias:
             return None if self.offset is None else self.offset_expr(g)
-        biased = self.scale_expr(g) * float(-self.bias)
+        biased = self.scale_expr(g) * float(-bias)
         return biased if self.offset is None else biased + self.offset_expr(g)
 
     @functools.cached_property

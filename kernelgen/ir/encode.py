@@ -153,8 +153,6 @@ def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
     ]
     stored = np.concatenate([np.broadcast_to(c, (len(flat), 1)) for c in columns], axis=1)
     dtype = np.dtype(NUMPY_STORAGE[one.storage.name])
-    limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-    stored = np.clip(stored, limits.min, limits.max)  # a sum may exceed what f16 holds
-    flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(
-        stored.astype(NUMPY_STORAGE[one.storage.name])
-    ).view(np.uint8)
+    with np.errstate(over="ignore"):  # a sum beyond what f16 holds is infinite, as ggml has it
+        stored = stored.astype(dtype)
+    flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(stored).view(np.uint8)

@@ -132,7 +132,6 @@ def _pack_and(expr: Expr, lane: Expr) -> Expr:
             if fields and interval(base)[1] + LANES * bits <= 32:
                 return spread(bits, simplify(cast(U32, shifted) >> base))
         if not depends_on(amount, lane) and mask.attr <= 255 >> interval(amount)[1]:
-            _require_unsigned(shifted)
             return (_pack(shifted, lane) >> amount) & splat(mask.attr)
     return _pack(value, lane) & _pack(mask, lane)
 

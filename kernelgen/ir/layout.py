@@ -46,7 +46,8 @@ AXES = ("tile", "lane", "block", "field", "unit", "byte")
 
 def unit_bytes(one: Field) -> int:
     """Bytes of a unit of this field."""
-    whole_words = one.nbytes % 4 == 0 and one.storage.dtype.is_int  # floats are not cut out of words
+    # floats are not cut out of words
+    whole_words = one.nbytes % 4 == 0 and one.storage.dtype.is_int
     return 4 if whole_words else one.storage.nbytes
 
 
@@ -101,7 +102,7 @@ class Layout:
         return result
 
     def _view(self, packed: Array, fmt: BlockFormat, one: Field, n: int, k: int) -> Array:
-        """The field's bytes inside `packed`, as an array with axes tile, lane, block, unit, byte."""
+        """The field's bytes inside `packed`, with axes tile, lane, block, unit, byte."""
         extents = self._extents(one, n, k // fmt.block)
         strides = self.strides(fmt, one, n, k // fmt.block)
         axes = [a for a in AXES if a != "field"]

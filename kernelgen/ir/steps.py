@@ -15,7 +15,6 @@ from kernelgen.ir.encode import code_table
 from kernelgen.ir.expr import (
     F32,
     I32,
-    U32,
     Expr,
     Field,
     cast,
@@ -92,21 +91,17 @@ def steps(fmt: BlockFormat) -> Steps:
     if fmt.float_codes:
         value = simplify(lower_to_words(fmt.value_expr(var("i", fmt.block))))
         return Steps(fmt, tuple(loads(value)), (), None, None, None, 0, False, value, ())
-    g, j = group_var(fmt), word_var(fmt)
-    code, bias = unsigned_code(fmt, fmt.group * g + LANES * j + LANE)
-    packed = pack(code)
-    codes = simplify(lower_to_words(packed.expr))
-    lo, hi = interval(code)
-    if hi > 127:  # no machine multiplies unsigned by signed bytes safely at eight bits
-        codes, bias, lo, hi = codes ^ splat(0x80), bias - 128, lo - 128, hi - 128
-    ints = tuple(pack_ints(fmt, name) for name in fmt.ints) if fmt.groups % LANES == 0 else ()
+    g = group_var(fmt)
+    word = code_word(fmt)
+    codes = simplify(lower_to_words(word.codes))
+    ints = tuple(pack_ints(fmt, name) for name in fmt.ints if _packs(fmt, name))
     scale = None if fmt.scale is None else fmt.scale_expr(g)
-    offset = _offset(fmt, g, bias)
+    offset = fmt.total_offset_expr(g, word.bias)
     by_name = {i.name for i in ints}
     lowered = [None if e is None else _lower_group(e, by_name) for e in (scale, offset)]
     used = [e for e in (codes, *lowered, *(w for i in ints for w in i.words)) if e is not None]
     fields = {f.name: f for e in used for f in loads(e)}
-    reasons = [packed.scalar_because, *(i.scalar_because for i in ints)]
+    reasons = [word.scalar_because, *(i.scalar_because for i in ints)]
     return Steps(
         fmt=fmt,
         fields=tuple(sorted(fields.values(), key=lambda f: f.offset)),
@@ -114,8 +109,8 @@ def steps(fmt: BlockFormat) -> Steps:
         scale=lowered[0],
         offset=lowered[1],
         codes=codes,
-        code_max=max(abs(lo), abs(hi)),
-        signed=lo < 0,
+        code_max=word.code_max,
+        signed=word.signed,
         values=None,
         scalar_because=tuple(r for r in reasons if r),
     )
@@ -135,11 +130,43 @@ def unsigned_code(fmt: BlockFormat, i: Expr) -> tuple[Expr, int]:
     return table([v - lo for v in values], code.args[0]), fmt.bias - lo
 
 
-def _offset(fmt: BlockFormat, g: Expr, bias: int) -> Expr | None:
-    if not bias:
-        return None if fmt.offset is None else fmt.offset_expr(g)
-    biased = fmt.scale_expr(g) * float(-bias)
-    return biased if fmt.offset is None else biased + fmt.offset_expr(g)
+@dataclass(frozen=True)
+class CodeWord:
+    """Four codes of a format in a word, as integer dot products want them.
+
+    codes     u32, in `g` and `j`, of loads and words
+    code_max  largest absolute code, at most 128
+    signed    whether codes are signed bytes; else they are at most 127
+    bias      what is to be subtracted from these codes
+    scalar_because  why they had to be decoded lane by lane; None: they packed
+    """
+
+    codes: Expr
+    code_max: int
+    signed: bool
+    bias: int
+    scalar_because: str | None
+
+
+@functools.lru_cache(maxsize=256)
+def code_word(fmt: BlockFormat) -> CodeWord:
+    """The `CodeWord` of a format.
+
+    Unsigned codes of eight bits become signed: no machine multiplies such by signed bytes safely.
+    """
+    code, bias = unsigned_code(fmt, fmt.group * group_var(fmt) + LANES * word_var(fmt) + LANE)
+    lo, hi = interval(code)
+    packed = pack(code)
+    codes = packed.expr
+    if hi > 127:
+        codes, bias, lo, hi = codes ^ splat(0x80), bias - 128, lo - 128, hi - 128
+    return CodeWord(codes, max(abs(lo), abs(hi)), lo < 0, bias, packed.scalar_because)
+
+
+def _packs(fmt: BlockFormat, name: str) -> bool:
+    """Whether group integers fill whole words of bytes."""
+    body = fmt.int_expr(name, group_var(fmt))
+    return fmt.groups % LANES == 0 and (fits(body, 0, 255) or fits(body, -128, 127))
 
 
 def pack_ints(fmt: BlockFormat, name: str) -> GroupInts:
@@ -233,18 +260,26 @@ def memory_steps(fmt: BlockFormat, layout: Layout) -> MemorySteps:
     if fmt.float_codes:
         value = lower(fmt.value_expr(const(0, I32)))
         return MemorySteps(fmt, tuple(found.values()), None, None, None, False, value, 0, None, ())
-    g, j = group_var(fmt), word_var(fmt)
-    code, bias = unsigned_code(fmt, fmt.group * g + LANES * j + LANE)
-    packed = pack(code)
-    lo, hi = interval(code)
-    codes = packed.expr
-    if hi > 127:
-        codes, bias, lo = codes ^ splat(0x80), bias - 128, lo - 128
+    g = group_var(fmt)
+    code = code_word(fmt)
     scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
-    offset, codes_ = lower(_offset(fmt, g, bias)), lower(codes)
-    read = {node.attr for e in (scale, offset, codes_) if e is not None for node in walk(e)
-            if node.op == "var"}  # fmt: skip
-    used = tuple(p for p in found.values() if p.at.attr in read)
-    reasons = (packed.scalar_because,) if packed.scalar_because else ()
-    pure = None if fmt.offset is None else lower(fmt.offset_expr(g))
-    return MemorySteps(fmt, used, scale, offset, codes_, lo < 0, None, bias, pure, reasons)
+    offset, codes = lower(fmt.total_offset_expr(g, code.bias)), lower(code.codes)
+    read = {
+        node.attr
+        for e in (scale, offset, codes)
+        if e is not None
+        for node in walk(e)
+        if node.op == "var"
+    }
+    return MemorySteps(
+        fmt=fmt,
+        places=tuple(p for p in found.values() if p.at.attr in read),
+        scale=scale,
+        offset=offset,
+        codes=codes,
+        signed=code.signed,
+        values=None,
+        bias=code.bias,
+        pure_offset=None if fmt.offset is None else lower(fmt.offset_expr(g)),
+        scalar_because=(code.scalar_because,) if code.scalar_because else (),
+    )

@@ -17,7 +17,7 @@ from kernelgen.errors import FormatError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import Expr, const, table, var, where
+from kernelgen.ir.expr import Expr, table, var, where
 from kernelgen.ir.formats import FORMATS
 from tests.ir.blocks import all_blocks, edge_blocks, random_blocks
 
@@ -135,11 +135,10 @@ def test_split_and_join_are_inverse(fmt: BlockFormat) -> None:
 # --- what is derived from a description ---------------------------------------------------------
 
 
-def values_of(fmt: BlockFormat, expr: Expr | None, name: str, count: int, blocks: Array) -> Array:
-    zero = np.zeros((len(blocks), count), np.float32)
-    if expr is None:
-        return zero
-    return zero + evaluate(expr, {name: np.arange(count)}, fmt.split(blocks))
+def values_of(fmt: BlockFormat, expr: Expr, name: str, count: int, blocks: Array) -> Array:
+    """An expression in `name` for all its values, double precision."""
+    seen = evaluate(expr, {name: np.arange(count)}, fmt.split(blocks))
+    return np.broadcast_to(seen, (len(blocks), count)).astype(np.float64)
 
 
 def finite_values(fmt: BlockFormat, blocks: Array) -> Array:
@@ -151,12 +150,14 @@ def finite_values(fmt: BlockFormat, blocks: Array) -> Array:
 def test_value_is_scale_times_code_plus_offset(fmt: BlockFormat) -> None:
     blocks = finite_values(fmt, random_blocks(fmt, 50))
     i, g = var("i", fmt.block), var("g", fmt.groups)
-    code = values_of(fmt, fmt.code_expr(i), "i", fmt.block, blocks).astype(np.float64)
-    scale = values_of(fmt, fmt.scale_expr(g), "g", fmt.groups, blocks).astype(np.float64)
-    offset = values_of(fmt, fmt.total_offset_expr(g), "g", fmt.groups, blocks).astype(np.float64)
-    each = [np.repeat(one, fmt.group, axis=1) for one in (scale, offset)]
-    size = np.abs(each[0] * code) + np.abs(each[1])
-    assert (np.abs(each[0] * code + each[1] - fmt.decode(blocks)) <= 1e-6 * size).all()
+    code = values_of(fmt, fmt.code_expr(i), "i", fmt.block, blocks) - fmt.bias
+    of_group = [
+        values_of(fmt, expr, "g", fmt.groups, blocks)
+        for expr in (fmt.scale_expr(g), fmt.offset_expr(g))
+    ]
+    scale, offset = (np.repeat(one, fmt.group, axis=1) for one in of_group)
+    size = np.abs(scale * code) + np.abs(offset)
+    assert (np.abs(scale * code + offset - fmt.decode(blocks)) <= 1e-6 * size).all()
 
 
 @every_format
@@ -186,8 +187,6 @@ def test_properties() -> None:
     assert [f.offset for f in fmt.layout_fields] == [0, 128, 192, 208]
     assert formats.get("bf16").float_codes
     assert repr(fmt) == "BlockFormat(q6_K)"
-    assert fmt.total_offset_expr(const(0, var("g", 1).dtype)) is not None
-    assert formats.get("q8_0").total_offset_expr(var("g", 1)) is None
 
 
 def test_row_bytes() -> None:

@@ -135,10 +135,7 @@ static void release_barrier(Block &block, int id, int count) {
         else shadow_barrier();
     }
     block.idle_yields = 0;
-    for (uint32_t t : freed) {
-        block.fibers[t].polls = 0;
-        enqueue(block, block.fibers[t]);
-    }
+    for (uint32_t t : freed) enqueue(block, block.fibers[t]);
 }
 
 // ---- operations of subgroups
@@ -150,22 +147,16 @@ static Fiber *lane_of(Block &block, const Fiber &fiber, uint32_t lane) {
 
 // Runs the operation that `fiber` waits in, if all of its lanes have come.
 static void try_subgroup(Block &block, Fiber &fiber) {
+    Subgroup &group = block.subgroups[fiber.index.subgroup];
+    uint64_t mask = fiber.op->mask ? fiber.op->mask & group.alive : group.alive;
+    if (mask & ~group.waiting) return;
     EmuOp *ops[64] = {};
-    uint64_t alive = 0, mask;
     for (uint32_t l = 0; l < fiber.index.subgroup_lanes; l++) {
-        Fiber *other = lane_of(block, fiber, l);
-        if (other->state != kDone) alive |= bit(l);
-        if (other->state == kInSubgroup) ops[l] = other->op;
+        if (!(mask & bit(l))) continue;
+        ops[l] = lane_of(block, fiber, l)->op;
+        if (ops[l]->mask != fiber.op->mask) return;
     }
-    mask = fiber.op->mask ? fiber.op->mask & alive : alive;
-    for (uint32_t l = 0; l < 64; l++) {
-        if (!(mask & bit(l))) {
-            ops[l] = nullptr;
-            continue;
-        }
-        if (!ops[l] || ops[l]->mask != fiber.op->mask) return;
-    }
-    for (uint32_t l = 0; l < 64; l++)
+    for (uint32_t l = 0; l < fiber.index.subgroup_lanes; l++)
         if (ops[l] && (ops[l]->run != fiber.op->run || ops[l]->site != fiber.op->site)) {
             Fiber *other = lane_of(block, fiber, l);
             report("mask", {fiber.wait_line, 0}, {other->wait_line, 0}, &fiber,
@@ -179,13 +170,13 @@ static void try_subgroup(Block &block, Fiber &fiber) {
     fiber.op->run(ops, mask, int(fiber.index.subgroup_size));
     emu_self = running;
     block.idle_yields = 0;
+    group.waiting &= ~mask;
     std::vector<uint32_t> freed;
     bool reverse = world.launch->order == 1;
     for (uint32_t i = 0; i < fiber.index.subgroup_lanes; i++) {
         uint32_t l = reverse ? fiber.index.subgroup_lanes - 1 - i : i;
         if (!(mask & bit(l))) continue;
         Fiber *other = lane_of(block, fiber, l);
-        other->polls = 0;
         freed.push_back(other->index.linear);
         enqueue(block, *other);
     }
@@ -198,6 +189,7 @@ static void thread_done() {
     Fiber &me = *self();
     me.state = kDone;
     block.done++;
+    block.subgroups[me.index.subgroup].alive &= ~bit(me.index.lane);
     block.idle_yields = 0;
     for (uint32_t l = 0; l < me.index.subgroup_lanes; l++) {
         Fiber *other = lane_of(block, me, l);
@@ -254,6 +246,11 @@ bool start_block(Block &block, uint32_t number) {
     block.fibers.assign(n, Fiber());
     block.queue.assign(n, 0);
     block.head = block.queued = block.done = block.idle_yields = 0;
+    for (int *votes : block.votes) {
+        votes[EMU_COUNT] = votes[EMU_OR] = 0;
+        votes[EMU_AND] = 1;
+    }
+    block.subgroups.assign((n + sub - 1) / sub, Subgroup());
     if (!block.stacks && !(block.stacks = make_stacks())) return false;
     for (uint32_t t = 0; t < n; t++) {
         Fiber &f = block.fibers[t];
@@ -272,6 +269,7 @@ bool start_block(Block &block, uint32_t number) {
         at.subgroup = t / sub;
         at.subgroup_size = sub;
         at.subgroup_lanes = n - (t - at.lane) < sub ? n - (t - at.lane) : sub;
+        block.subgroups[at.subgroup].alive |= bit(at.lane);
         void **top = reinterpret_cast<void **>(block.stacks + (t + 1) * kStackBytes) - 32;
         // the words that switch_stack restores, then where it returns to, on a stack aligned as
         // after a call
@@ -353,15 +351,18 @@ void emu_barrier(int id, int count, int line, int strict) {
 }
 
 int emu_barrier_reduce(int what, int value, int line) {
-    int *votes = world.block->votes;
+    // two places in turn: the other one is cleared between the barriers, when nobody uses it
+    Fiber &me = *self();
+    int *votes = world.block->votes[me.reductions & 1];
+    int *other = world.block->votes[++me.reductions & 1];
     votes[EMU_COUNT] += value != 0;
     votes[EMU_AND] &= value != 0;
     votes[EMU_OR] |= value != 0;
     emu_barrier(0, 0, line, 1);
     int result = votes[what];
-    emu_barrier(0, 0, line, 1); // until all have read it
-    votes[EMU_COUNT] = votes[EMU_OR] = 0;
-    votes[EMU_AND] = 1;
+    other[EMU_COUNT] = other[EMU_OR] = 0;
+    other[EMU_AND] = 1;
+    emu_barrier(0, 0, line, 1);
     return result;
 }
 
@@ -374,6 +375,7 @@ void emu_subgroup(EmuOp *op) {
         emu_fail("mask", op->line, "lane %u calls %s with mask 0x%llx, which does not name it",
                  me.index.lane, op->name, static_cast<unsigned long long>(op->mask));
     me.state = kInSubgroup;
+    block.subgroups[me.index.subgroup].waiting |= bit(me.index.lane);
     for (uint32_t l = 0; op->mask && l < me.index.subgroup_lanes; l++) {
         const Fiber *other = lane_of(block, me, l);
         if (!(op->mask & bit(l)) || other->state != kInSubgroup) continue;

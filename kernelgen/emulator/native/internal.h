@@ -26,10 +26,15 @@ struct Fiber {
     State state;
     bool strict;
     int barrier, barrier_count, wait_line;
-    uint32_t polls; // since it last waited for others
+    uint32_t reductions; // reducing barriers that it has passed
+    uint32_t polls;      // atomic operations that changed nothing
     EmuOp *op;
     uint32_t group; // number of cp.async groups committed
     std::vector<AsyncCopy> copies;
+};
+
+struct Subgroup {
+    uint64_t alive = 0, waiting = 0; // lanes that have not returned; that wait in an operation
 };
 
 struct Block {
@@ -37,7 +42,8 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<uint32_t> queue; // ring of the threads that can run
     uint32_t head = 0, queued = 0, done = 0, idle_yields = 0;
-    int votes[3] = {0, 1, 0};    // of a reducing barrier
+    int votes[2][3];             // of reducing barriers, in turn
+    std::vector<Subgroup> subgroups;
     unsigned char *stacks = nullptr;
     std::vector<unsigned char> saved; // its shared memory while another block runs
 };
@@ -61,16 +67,22 @@ struct Buffer {
 
 enum Flags : uint32_t { kChecked = 1, kEagerCopies = 2, kBuffersAtStart = 4, kExitIsDivergence = 8 };
 
-// mirrored by ctypes in launch.py
+struct Pointer { // an argument that is to hold a buffer's address
+    void **slot;
+    uint64_t buffer;
+};
+
+// mirrored by ctypes in engine.py
 struct Launch {
     const char *library, *symbol;
     uint32_t grid[3], block[3];
     uint32_t dynamic_shared, subgroup, order, seed, flags, workers, poison, buffer_count;
     double seconds;
     Buffer *buffers;
+    Pointer *pointers;
     void **args;
     Finding *findings;
-    uint32_t finding_count, max_findings, atomics, reserved;
+    uint32_t finding_count, max_findings, atomics, pointer_count;
     char error[256];
 };
 

@@ -45,7 +45,9 @@ MEMORY = Dialect(
         "fetch.f32.4": "__uint_as_float(u32_aligned(w + ({address})))",
         "call.abs": "fabsf({x})",
         "call.rsqrt": "rsqrtf({x})",
-        **{f"call.{n}": f"{n}f({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "erf")},
+        **{
+            f"call.{n}": f"{n}f({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "erf")
+        },
     },
     operators={"//": "/"},
 )
@@ -83,7 +85,10 @@ class CudaWords:
         lines = [
             f'extern "C" __global__ void __launch_bounds__({threads})',
             f"{entry}({', '.join(parameters)}) {{",
-            *(f"    __shared__ {_TYPES[t]} {name}[{count}];" for name, (t, count) in shared.items()),
+            *(
+                f"    __shared__ {_TYPES[t]} {name}[{count}];"
+                for name, (t, count) in shared.items()
+            ),
             "    const unsigned int thread = threadIdx.x, group_x = blockIdx.x;",
             "    const unsigned int group_y = blockIdx.y, groups_y = gridDim.y;",
         ]

@@ -8,8 +8,6 @@ bit: constants are Python's, which take the dtype of the array beside them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import pairwise
 
 from kernelgen.ir.expr import (
     BOOL,
@@ -25,6 +23,7 @@ from kernelgen.ir.expr import (
 )
 from kernelgen.ir.ranges import interval
 from kernelgen.targets.base import ATOM, Dialect, Printer, varies
+from kernelgen.targets.base import statement as statement
 
 _TYPES: dict[DType, str] = {BOOL: "bool_", I32: "int32", U32: "uint32", F32: "float32"}
 
@@ -114,73 +113,3 @@ ARRAYS = Dialect(
     },
     printer=ArrayPrinter,
 )
-
-
-# ---- layout of the text -----------------------------------------------------------------------
-
-WIDTH = 100
-
-
-def statement(head: str, text: str, indent: int = 4) -> str:
-    """`head` and an expression's text as lines that are short enough to read: broken in the
-    outermost brackets, at commas or operators."""
-    return "\n".join(_lines(" " * indent + head, text, "", " " * indent))
-
-
-def _lines(before: str, text: str, after: str, indent: str) -> Iterator[str]:
-    if len(before + text + after) <= WIDTH:
-        yield before + text + after
-        return
-    if cuts := _cuts(text):
-        if before == indent:  # inside of brackets already
-            yield from _parts(text, cuts, "", after, indent)
-            return
-        text = f"({text})"
-    opening, closing = _longest_bracket(text)
-    if opening == closing:
-        yield before + text + after
-        return
-    inside, deeper = text[opening + 1 : closing], indent + " " * 4
-    yield before + text[: opening + 1]
-    if commas := _cuts(inside, ","):
-        yield from _parts(inside, commas, ",", ",", deeper)
-    else:
-        yield from _parts(inside, _cuts(inside), "", "", deeper)
-    yield indent + text[closing:] + after
-
-
-def _parts(text: str, cuts: list[int], between: str, after: str, indent: str) -> Iterator[str]:
-    """`text` cut into lines, each behind its operator or with a comma (`between`) behind it."""
-    for a, b in pairwise([0, *cuts, len(text)]):
-        part = text[a:b].removeprefix(",").strip()
-        operator = f"{part.split()[0]} " if a and not between else ""
-        end = after if b == len(text) else between
-        yield from _lines(indent + operator, part.removeprefix(operator), end, indent)
-
-
-def _cuts(text: str, what: str = "") -> list[int]:
-    """Where `what`, or else the operators that bind least, stand outside of brackets."""
-    found: dict[int, list[int]] = {}
-    depth = 0
-    for at, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        sign = re.match(r" (\S+) ", text[at:])
-        if depth == 0 and what and letter == what:
-            found.setdefault(0, []).append(at)
-        elif depth == 0 and not what and sign and sign[1] in PRECEDENCE:
-            found.setdefault(PRECEDENCE[sign[1]], []).append(at)
-    return found[min(found)] if found else []
-
-
-def _longest_bracket(text: str) -> tuple[int, int]:
-    """Where the longest of the outermost brackets opens and closes."""
-    best, opening, depth = (0, 0), 0, 0
-    for at, letter in enumerate(text):
-        if letter in "([":
-            opening = opening if depth else at
-            depth += 1
-        elif letter in ")]":
-            depth -= 1
-            if depth == 0:
-                best = max(best, (opening, at), key=lambda pair: pair[1] - pair[0])
-    return best

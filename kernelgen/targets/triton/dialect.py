@@ -1,0 +1,158 @@
+"""The words of Triton's language.
+
+A value is a tensor, or a number where nothing of it is loaded: such a number is known when the
+kernel is compiled, or a scalar.  Types follow Triton's promotion: a number beside a tensor takes
+the tensor's type, an unsigned operand makes the result unsigned.  Triton's // and % round towards
+zero and so serve only where nothing is negative; a >> follows the sign of what is shifted.
+"""
+
+from __future__ import annotations
+
+from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, rebuild, walk
+from kernelgen.ir.ranges import fits, interval
+from kernelgen.targets.base import ATOM, Dialect, Printer, varies
+
+_TYPES = {BOOL: "int1", I32: "int32", U32: "uint32", F32: "float32"}
+
+
+class TensorPrinter(Printer):
+    """Prints expressions on tensors: what needs more than words."""
+
+    #: variables that are numbers when the kernel is compiled
+    numbers: frozenset[str] = frozenset()
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        op, args = expr.op, expr.args
+        if op == "cast":
+            return self._cast(expr)
+        if op == "select":
+            return self._select(expr)
+        if op in ("min", "max") and expr.dtype is F32:  # a NaN is kept, as numpy does
+            a, b = (self(x) for x in args)
+            which = {"min": "minimum", "max": "maximum"}[op]
+            return f"tl.{which}({a}, {b}, propagate_nan=tl.PropagateNan.ALL)", ATOM
+        if op == "/":
+            a, b = (self(x) for x in args)
+            return f"tl.div_rn({a}, {b})", ATOM
+        if op in ("//", "%") and not fits(args[0], 0, 2**31 - 1):
+            return self._floored(expr)
+        if op in SHIFTS and args[0].dtype is not args[1].dtype and args[0].dtype is I32:
+            # an unsigned amount would make the result unsigned
+            return self._print(rebuild(expr, (args[0], cast(I32, args[1]))))
+        if expr.dtype is U32 and len(args) == 2 and not varies(expr) and not _small(expr):
+            # no operand is a tensor of the type that the result has
+            return super()._print(rebuild(expr, (Expr("typed", U32, args[:1]), *args[1:])))
+        if op == "typed":
+            return f"tl.cast({self(args[0])}, tl.{_TYPES[expr.dtype]})", ATOM
+        return super()._print(expr)
+
+    def _cast(self, expr: Expr) -> tuple[str, int]:
+        (x,) = expr.args
+        if x.dtype.is_int and expr.dtype.is_int and not varies(x) and _small(x):  # an index
+            return self._print(x)
+        text, level = self._print(x)
+        if not varies(x):
+            return f"tl.cast({text}, tl.{_TYPES[expr.dtype]})", ATOM
+        atom = text if level == ATOM else f"({text})"
+        if expr.dtype is BOOL:
+            return f"({atom} != 0)", ATOM
+        return f"{atom}.to(tl.{_TYPES[expr.dtype]})", ATOM
+
+    def _select(self, expr: Expr) -> tuple[str, int]:
+        condition, a, b = expr.args
+        if expr.dtype is BOOL and a.op == b.op == "const" and (a.attr, b.attr) == (False, True):
+            return f"({self._bracketed(condition)} == 0)", ATOM
+        if self._known(condition):  # only the branch that is taken is compiled
+            return f"({self(a)} if {self(condition)} else {self(b)})", ATOM
+        if expr.dtype is U32 and not varies(a) and not varies(b):
+            a = Expr("typed", expr.dtype, (a,))
+        return f"tl.where({self(condition)}, {self(a)}, {self(b)})", ATOM
+
+    def _floored(self, expr: Expr) -> tuple[str, int]:
+        """// and % that round down, for what may be negative or exceeds an i32."""
+        value, by = expr.args
+        if expr.dtype is U32:
+            return super()._print(expr)
+        x, n = self._bracketed(value), self._bracketed(by)
+        rest = f"(({x} % {n} + {n}) % {n})"
+        return (rest, ATOM) if expr.op == "%" else (f"(({x} - {rest}) // {n})", ATOM)
+
+    def _bracketed(self, expr: Expr) -> str:
+        text, level = self._print(expr)
+        return text if level == ATOM else f"({text})"
+
+    def _known(self, expr: Expr) -> bool:
+        return all(
+            n.op not in LOADS and (n.op != "var" or n.attr[0] in self.numbers) for n in walk(expr)
+        )
+
+    def _constant(self, expr: Expr) -> str:
+        if expr.dtype is BOOL:
+            return str(bool(expr.attr))
+        text = super()._constant(expr)
+        return f'float("{text}")' if text.lstrip("-") in ("inf", "nan") else text
+
+
+class UnrolledPrinter(TensorPrinter):
+    """The same where the loop over groups is unrolled."""
+
+    numbers = frozenset({"g"})
+
+
+def _small(expr: Expr) -> bool:
+    """Whether an integer is the same in i32 and u32."""
+    lo, hi = interval(expr)
+    return 0 <= lo and hi < 2**31
+
+
+def _halves(pointer: str) -> str:
+    return f"(tl.load({pointer}).to(tl.uint32) | (tl.load({pointer} + 1).to(tl.uint32) << 16))"
+
+
+def _bytes(pointer: str, count: int, dtype: str) -> str:
+    """A little-endian number from bytes, for addresses that nothing divides."""
+    parts = [f"tl.load({pointer}).to(tl.{dtype})"]
+    parts += [f"(tl.load({pointer} + {n}).to(tl.{dtype}) << {8 * n})" for n in range(1, count)]
+    return f"({' | '.join(parts)})"
+
+
+_WORDS = {
+    "constant.f32": "{x}",
+    "constant.u32": "{x}",
+    "bitcast.i32>f32": "{atom}.to(tl.float32, bitcast=True)",
+    "bitcast.u32>f32": "{atom}.to(tl.float32, bitcast=True)",
+    "bitcast.f32>i32": "{atom}.to(tl.int32, bitcast=True)",
+    "bitcast.f32>u32": "{atom}.to(tl.uint32, bitcast=True)",
+    "bitcast.i32>u32": "{atom}.to(tl.uint32)",
+    "bitcast.u32>i32": "{atom}.to(tl.int32)",
+    "min": "tl.minimum({a}, {b})",
+    "max": "tl.maximum({a}, {b})",
+    "call.abs": "tl.abs({x})",
+    "call.erf": "tl.erf({x})",
+    "call.exp": "tl.exp({x})",
+    "call.log": "tl.log({x})",
+    "call.sqrt": "tl.sqrt_rn({x})",
+    "call.rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({x}))",
+    "call.sin": "tl.sin({x})",
+    "call.cos": "tl.cos({x})",
+    "fetch.u8.1": "tl.load({address}).to(tl.int32)",
+    "fetch.i8.1": "tl.load({address}).to(tl.int32)",
+    "fetch.u16.1": _bytes("{address}", 2, "int32"),
+    "fetch.u16.2": "tl.load({address}).to(tl.int32)",
+    "fetch.i16.1": _bytes("{address}", 2, "uint16") + ".to(tl.int16, bitcast=True).to(tl.int32)",
+    "fetch.i16.2": "tl.load({address}).to(tl.int32)",
+    "fetch.u32.1": _bytes("{address}", 4, "uint32"),
+    "fetch.u32.2": _halves("{address}"),
+    "fetch.u32.4": "tl.load({address})",
+    "fetch.f16.1": _bytes("{address}", 2, "uint16") + ".to(tl.float16, bitcast=True).to(tl.float32)",
+    "fetch.f16.2": "tl.load({address}).to(tl.float32)",
+    "fetch.f32.1": _bytes("{address}", 4, "uint32") + ".to(tl.float32, bitcast=True)",
+    "fetch.f32.2": _halves("{address}") + ".to(tl.float32, bitcast=True)",
+    "fetch.f32.4": "tl.load({address})",
+}
+
+#: where `g` is a tensor
+TENSORS = Dialect(_WORDS, printer=TensorPrinter)
+
+#: where `g` is a number when the kernel is compiled
+UNROLLED = Dialect(_WORDS, printer=UnrolledPrinter)
