@@ -24,24 +24,23 @@ _HOME = {
 __all__ = [*sorted(_HOME), "__version__"]
 
 if TYPE_CHECKING:
-    from kernelgen import ir, targets  # noqa: F401
-    from kernelgen.api import (  # noqa: F401
-        dequantize,
-        formats,
-        get_rows,
-        kernel,
-        matmul,
-        open,
-        prepare,
-        quantize,
-        register_format,
-        save,
-        source,
-        unregister_format,
-    )
-    from kernelgen.errors import KernelgenError  # noqa: F401
-    from kernelgen.ir.block import BlockFormat  # noqa: F401
-    from kernelgen.tensor import QuantTensor  # noqa: F401
+    from kernelgen import ir as ir
+    from kernelgen import targets as targets
+    from kernelgen.api import dequantize as dequantize
+    from kernelgen.api import formats as formats
+    from kernelgen.api import get_rows as get_rows
+    from kernelgen.api import kernel as kernel
+    from kernelgen.api import matmul as matmul
+    from kernelgen.api import open as open
+    from kernelgen.api import prepare as prepare
+    from kernelgen.api import quantize as quantize
+    from kernelgen.api import register_format as register_format
+    from kernelgen.api import save as save
+    from kernelgen.api import source as source
+    from kernelgen.api import unregister_format as unregister_format
+    from kernelgen.errors import KernelgenError as KernelgenError
+    from kernelgen.ir.block import BlockFormat as BlockFormat
+    from kernelgen.tensor import QuantTensor as QuantTensor
 
 
 def __getattr__(name: str) -> Any:

@@ -180,3 +180,96 @@ class TileConfig(Config):
         if needed > caps.shared_bytes:
             return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
         return None
+
+
+@dataclass(frozen=True)
+class ProgramConfig(Config):
+    """A grid of programs that work on tensors; a compiler deals the elements out to threads.
+
+    warps     groups of threads, as the hardware has them, of a program
+    stages    turns of a loop whose loads are under way at once
+    layout    "native": ggml's blocks; "planes": each field of all blocks together
+    """
+
+    warps: int = choice(4, 1, 2, 4, 8)
+    stages: int = choice(2, 1, 2, 3, 4)
+    layout: str = choice("native", "native", "planes")
+
+
+@dataclass(frozen=True)
+class ProgramBlocksConfig(ProgramConfig):
+    """A program takes whole blocks, about `elements` elements together."""
+
+    elements: int = choice(1024, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class ProgramRowsConfig(ProgramConfig):
+    """A program takes `rows` rows, and of each at least a group, about `elements` elements."""
+
+    rows: int = choice(4, 1, 2, 4, 8)
+    elements: int = choice(512, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class ProgramMatvecConfig(ProgramConfig):
+    """A program takes `rows` rows of weights, `depth` elements of each at once, for `columns` rows
+    of activations.
+
+    dot    int8 only: "products": multiply and add; "dp4a": an instruction for four products
+    """
+
+    rows: int = choice(4, 1, 2, 4, 8, 16)
+    columns: int = choice(1, 1, 2, 4, 8)
+    depth: int = choice(512, 128, 256, 512, 1024, 2048)
+    dot: str = choice("products", "products", "dp4a")
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """The device must have the instruction, and registers for all sums."""
+        if self.dot == "dp4a" and "dp4a" not in caps.features:
+            return "the device has no instruction dp4a"
+        sums = self.rows * self.columns * self.depth // (32 * self.warps)
+        if sums > 128:
+            return f"{sums} sums in each thread; 128 fit the registers"
+        return None
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 1) -> Self:
+        """As many columns as there are rows of activations, at most 8, with as many sums."""
+        columns = next(c for c in (1, 2, 4, 8) if c >= min(m or 1, 8))
+        return cls(columns=columns, rows=4 if columns < 4 else 2)
+
+
+@dataclass(frozen=True)
+class ProgramTileConfig(ProgramConfig):
+    """A program computes tile_m x tile_n results from tiles of about `depth` elements of each row.
+
+    dot    how float32 is multiplied: "ieee", or on matrix units in three parts of fewer bits
+    """
+
+    tile_m: int = choice(64, 16, 32, 64, 128)
+    tile_n: int = choice(64, 16, 32, 64, 128)
+    depth: int = choice(32, 16, 32, 64, 128)
+    dot: str = choice("ieee", "ieee", "tf32x3")
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Tiles must fit shared memory, and "tf32x3" the device."""
+        if self.dot != "ieee" and self.dot not in caps.features:
+            return f"the device does not multiply as {self.dot}"
+        needed = 4 * self.depth * (self.tile_n + self.tile_m * max(1, self.stages - 1))
+        if needed > caps.shared_bytes:
+            return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
+        return None
+
+
+@dataclass(frozen=True)
+class ProgramIntegerTileConfig(ProgramConfig):
+    """A program computes tile_m x tile_n results, at most `depth` elements of a group at once.
+
+    unroll    whether the groups of a block are written out, each with its own constants
+    """
+
+    tile_m: int = choice(64, 16, 32, 64, 128)
+    tile_n: int = choice(64, 16, 32, 64, 128)
+    depth: int = choice(32, 32, 64, 128)
+    unroll: bool = choice(True, True, False)

@@ -61,7 +61,8 @@ def multiply(name: str, w: QuantTensor, exact: np.ndarray, m: int) -> tuple[str,
             "fused": lambda: api.matmul(x, w),
             "plain": lambda: x @ api.dequantize(w).T,
         },
-        repeats=5,
+        repeats=3,
+        pause=0.05,
     )
     fused, plain = times["fused"].median, times["plain"].median
     shape = f"{m} x {w.shape[0]} x {w.shape[1]}"

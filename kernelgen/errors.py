@@ -37,3 +37,7 @@ class CompileError(TargetError):
 
 class ConfigError(KernelgenError, ValueError):
     """A configuration value lies outside its range, or the combination is not legal."""
+
+
+class TuningError(KernelgenError):
+    """A tuned configuration is missing where one is required, or a study cannot be made."""

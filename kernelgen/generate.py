@@ -69,6 +69,11 @@ def generate(
     return _render(one, fmt, target, chosen)
 
 
+def generate_walk(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
+    """Source for one kernel of a named walk, where `generate` takes the first that serves."""
+    return _render(one, fmt, target, config)
+
+
 @functools.lru_cache(maxsize=1024)
 def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
     steps = one.steps(fmt, config)

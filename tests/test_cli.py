@@ -117,7 +117,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "nothing to decode": (["show", "quantize", "q4_K", "--ir"], ["decodes nothing", "matvec"]),
     "variant": (["verify", "--isa", "sse9"], ["sse9", "scalar"]),
     "variant of a target": (["build", "--target", "numpy", "--isa", "sse9"], ["sse9", "none"]),
-    "nothing to verify": (["verify", "--target", "numpy", "--format", "f32", "--op", "quantize"], ["no kernel"]),
+    "nothing to verify": (
+        ["verify", "--target", "numpy", "--format", "f32", "--op", "quantize"], ["no kernel"],
+    ),
     "shape": (["bench", "--shape", "1x2"], ["1x2", "MxNxK"]),
     "empty shape": (["bench", "--shape", "0x8x256"], ["0x8x256", "MxNxK"]),
     "shape and format": (["bench", "--shape", "1x8x100"], ["100", "256"]),
@@ -253,6 +255,11 @@ def test_show_ir_has_every_stage() -> None:
         "in matvec of target c",
     ):
         assert stage in text
+
+
+def test_show_ir_says_where_a_bias_moved() -> None:
+    text = run("show", "matvec", "mxfp4", "--target", "c", "--ir").stdout
+    assert "code(i), -12..12" in text and "packed codes are code(i) +12" in text
 
 
 def test_show_ir_of_a_walk_that_does_not_pack() -> None:

@@ -16,7 +16,7 @@ from kernelgen.ir.expr import I32, Expr, const, show, var
 from kernelgen.ir.lanes import LANE, LANES, pack
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
-from kernelgen.ir.steps import group_var, unsigned_code, word_var
+from kernelgen.ir.steps import code_word, group_var, word_var
 from kernelgen.targets.base import Kernel
 
 #: a stage and its expression
@@ -73,19 +73,19 @@ def _code(fmt: BlockFormat, packed: bool) -> Iterator[str]:
         yield from _block(f"code(i), {lo}..{hi}", [*stages, ("simplified", simplify(described))])
         return
     at = fmt.group * group_var(fmt) + LANES * word_var(fmt) + LANE
-    code, bias = unsigned_code(fmt, at)
-    four = pack(code)
-    stages += [(f"i = {show(at)}", simplify(code)), ("packed", four.expr)]
+    four = code_word(fmt)
+    stages += [(f"i = {show(at)}", simplify(fmt.code_expr(at))), ("packed", four.codes)]
     yield from _block(f"code(i), {lo}..{hi}", stages, four.scalar_because)
-    if bias != fmt.bias:
-        yield f"  its table begins at 0 instead of {lo}; offset(g) makes up for it"
+    if four.bias != fmt.bias:
+        yield f"  packed codes are code(i) {four.bias - fmt.bias:+d}; offset(g) makes up for it"
 
 
 def _group_integer(fmt: BlockFormat, name: str, packed: bool) -> Iterator[str]:
     body = fmt.ints[name](fmt.view, group_var(fmt))
     lo, hi = interval(body)
+    packs = packed and fmt.groups % LANES == 0 and (0 <= lo <= hi <= 255 or -128 <= lo <= hi <= 127)
     stages, reason = [("described", body)], None
-    for q in range(fmt.groups // LANES if packed and fmt.groups % LANES == 0 else 0):
+    for q in range(fmt.groups // LANES if packs else 0):
         at = const(LANES * q, I32) + LANE
         placed = simplify(fmt.ints[name](fmt.view, at))
         four = pack(placed)
@@ -113,10 +113,12 @@ def _kernel(kernel: Kernel, steps: Any) -> Iterator[str]:
 def _expressions(name: str, value: Any) -> Iterator[Stage]:
     """The expressions in what a walk got, under the names by which it asks for them."""
     if isinstance(value, Expr):
-        yield name, value
+        if value.op != "var":  # such as the variable that holds a field's address
+            yield name, value
     elif isinstance(value, tuple):
         for n, one in enumerate(value):
-            yield from _expressions(getattr(one, "name", f"{name} {n}"), one)
+            named = getattr(one, "field", one)
+            yield from _expressions(getattr(named, "name", f"{name} {n}"), one)
     elif dataclasses.is_dataclass(value) and not isinstance(value, BlockFormat):
         for field in dataclasses.fields(value):
             inner = getattr(value, field.name)

@@ -243,9 +243,11 @@ def write_lines(path: Path, texts: Iterable[str]) -> None:
     with locked(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            size = os.fstat(file).st_size
             # a line that a crash tore gets its end, so that it spoils no other
-            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            torn = os.lseek(file, 0, os.SEEK_END) > 0
+            if torn:
+                os.lseek(file, -1, os.SEEK_END)
+                torn = os.read(file, 1) != b"\n"
             data = ("\n" * torn + "".join(f"{text}\n" for text in texts)).encode()
             if os.write(file, data) != len(data):
                 raise FileError(f"{path} could not be written to its end; is the disk full?")

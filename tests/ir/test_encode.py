@@ -40,7 +40,8 @@ def parts(fmt: BlockFormat, blocks: Array) -> tuple[Array, dict[str, Array], dic
 
 
 def with_sums(fmt: BlockFormat, blocks: Array) -> Array:
-    """The blocks with the fields that ggml computes from the codes, by ggml's definition."""
+    """The blocks with the fields that ggml computes from the codes, by ggml's definition; a sum
+    beyond what a half holds is infinite there, too."""
     blocks = blocks.copy()
     if fmt.name == "q8_1":
         d = blocks[:, :2].copy().view("<f2").astype(np.float32)
@@ -54,8 +55,7 @@ def with_sums(fmt: BlockFormat, blocks: Array) -> Array:
 
 
 def assert_round_trip(fmt: BlockFormat, blocks: Array) -> None:
-    with np.errstate(over="ignore"):
-        assert np.array_equal(encode(fmt, *parts(fmt, blocks)), blocks)
+    assert np.array_equal(encode(fmt, *parts(fmt, blocks)), blocks)
 
 
 @pytest.mark.parametrize("fmt", INTEGER, ids=repr)
@@ -89,8 +89,7 @@ def test_leading_dimensions_are_kept(fmt: BlockFormat, shape: tuple[int, ...]) -
 
     groups = {name: shaped(one) for name, one in ints.items()}
     fields = {name: shaped(one) for name, one in others.items()}
-    with np.errstate(over="ignore"):
-        seen = encode(fmt, shaped(codes), groups, fields)
+    seen = encode(fmt, shaped(codes), groups, fields)
     assert np.array_equal(seen, blocks.reshape(*shape, fmt.nbytes))
 
 
@@ -159,7 +158,6 @@ def test_made_up_formats(fmt: BlockFormat) -> None:
     assert np.array_equal(again, blocks & np.packbits(owned, bitorder="little"))
 
 
-@pending
 def test_group_integers_of_more_than_eight_bits() -> None:
     fmt = made_up(
         group=8, nbytes=20, fields={"qs": "u8[16]", "sc": "u16[2]"},

@@ -49,7 +49,7 @@ from tests.ir.strategies import (
 Step = Callable[[Expr], Expr | None]
 
 U32_AS_INT = cast(I32, U)
-EXAMPLES = 2 * settings().max_examples
+EXAMPLES = settings().max_examples * 3 // 2
 any_expr = st.one_of(ints(I32), ints(U32), bools())
 
 

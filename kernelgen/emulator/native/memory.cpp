@@ -135,24 +135,11 @@ void *emu_shared_pointer(uint64_t address, int line) {
 }
 
 uint16_t emu_to_f16(double value) {
-    uint64_t bits = bits_of(value);
-    uint16_t sign = uint16_t(bits >> 48 & 0x8000);
-    double size = fabs(value);
-    if (value != value) return sign | 0x7fff;
-    if (size >= 65520) return sign | 0x7c00;
-    int exponent = size < 0x1p-14 ? -14 : ilogb(size);
-    // in units of the last place nearbyint rounds to nearest even, and a carry is a next exponent
-    double units = nearbyint(ldexp(size, 10 - exponent));
-    return uint16_t(sign + (exponent + 14) * 1024 + int(units));
+    if (value != value) return 0x7fff;
+    return uint16_t(bits_of(static_cast<_Float16>(value)));
 }
 
-float emu_from_f16(uint16_t bits) {
-    int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float size = exponent == 31 ? (fraction ? NAN : INFINITY)
-                 : exponent     ? ldexpf(float(fraction + 1024), exponent - 25)
-                                : ldexpf(float(fraction), -24);
-    return bits & 0x8000 ? -size : size;
-}
+float emu_from_f16(uint16_t bits) { return float(as<_Float16>(bits)); }
 
 uint16_t emu_to_bf16(double value) {
     if (value != value) return 0x7fff;

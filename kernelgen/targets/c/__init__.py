@@ -157,5 +157,5 @@ TARGET = Target(
     ),
     globals={"element_type": _element_type, "parameters": _parameters, "table_type": _table_type},
     reserved=_RESERVED,
-    variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neon", "scalar"),
+    variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
 )  # fmt: skip

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernelgen.errors import CompileError, TargetError
@@ -89,18 +89,26 @@ def _candidates() -> Iterator[tuple[str, ...]]:
 
 
 def _remembered(command: tuple[str, ...]) -> Compiler | None:
-    """`_try_compiler`, which takes a quarter of a second, once for each program on this disk."""
+    """`_try_compiler`, which takes a quarter of a second; what has all that is wanted is noted on
+    disk, what lacks OpenMP may get it later."""
     note = _note(command)
     if note is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            known = json.loads(note.read_text("utf-8"))
-            return Compiler(command, str(known["version"]), bool(known["openmp"]))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return Compiler(command, str(json.loads(note.read_text("utf-8"))["version"]), True)
     found = _try_compiler(command)
-    if note is not None and found is not None:
+    if note is not None and found is not None and found.openmp:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
-            _replace(note, json.dumps(asdict(found)).encode())
+            _replace(note, json.dumps({"command": command, "version": found.version}).encode())
     return found
+
+
+def _forget(compiler: Compiler) -> None:
+    """The next process tries the compiler again: it may have lost its OpenMP."""
+    note = _note(compiler.command)
+    if note is not None:
+        with contextlib.suppress(OSError):
+            note.unlink(missing_ok=True)
 
 
 def _note(command: tuple[str, ...]) -> Path | None:
@@ -205,14 +213,15 @@ def library(kernel: Kernel, instructions: Sequence[str]) -> ctypes.CDLL:
         try:
             _build(compiler, options, kernel, path)
         except OSError as error:
-            path = _private_folder(path.parent, str(error)) / name
+            path = _private_folder(path.parent, error.strerror or type(error).__name__) / name
             _build(compiler, options, kernel, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
+        _forget(compiler)
         raise CompileError(
-            f"{kernel.entry}, made by {compiler.version}, cannot be loaded: {error};"
-            f" if a library or compiler was removed since, delete {path.parent} and try again"
+            f"{kernel.entry}, made by {compiler.version}, cannot be loaded: {error}; if something"
+            f" that it needs was removed, delete {path} to have it made again"
         ) from error
 
 
@@ -233,6 +242,7 @@ def _build(compiler: Compiler, options: Sequence[str], kernel: Kernel, path: Pat
                 raise CompileError(f"{compiler.command[0]} cannot be run: {error}") from error
             said = done.stderr.strip() or done.stdout.strip()
             if done.returncode != 0:
+                _forget(compiler)
                 kept = path.with_suffix(".c")
                 _replace(kept, kernel.source.encode())
                 raise CompileError(

@@ -5,18 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import importlib.util
-import logging
 import os
 import platform
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +18,10 @@ from typing import Any
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import CompileError, TargetError
+from kernelgen.errors import TargetError
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.base import Array, Kernel, Weights, check_rows
-
-log = logging.getLogger("kernelgen")
-
-HEADERS = Path(__file__).parent
+from kernelgen.targets.c.compiler import find_compiler, library
 
 
 @dataclass(frozen=True)
@@ -52,17 +43,19 @@ def _isa(
 
 
 _X86, _ARM = "x86_64 amd64", "aarch64 arm64"
-_AVX512 = "avx512f avx512bw avx512vl avx512dq"
+_AVX2, _WITH_AVX2 = "avx2 fma f16c", "-mavx2 -mfma -mf16c"
+_AVX512 = f"avx512f avx512bw avx512vl avx512dq {_AVX2}"
+_VNNI = f"{_AVX512} avx512_vnni"
+_WITH_AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {_WITH_AVX2}"
 
 #: best first; features are spelt as Linux spells them
 ISAS = (
-    _isa("avx512vnni", _X86, f"{_AVX512} avx512_vnni avx2 fma f16c",
-         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c", 16, 32, "dot"),
-    _isa("avx512", _X86, f"{_AVX512} avx2 fma f16c",
-         "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", 16, 32),
-    _isa("avxvnni", _X86, "avx_vnni avx2 fma f16c", "-mavxvnni -mavx2 -mfma -mf16c", 8, 16, "dot"),
-    _isa("avx2", _X86, "avx2 fma f16c", "-mavx2 -mfma -mf16c", 8, 16),
-    _isa("neon", _ARM, "asimddp", "-march=armv8.2-a+dotprod+fp16", 4, 32, "dot"),
+    _isa("avx512vnni", _X86, _VNNI, f"{_WITH_AVX512} -mavx512vnni", 16, 32, "dot"),
+    _isa("avx512", _X86, _AVX512, _WITH_AVX512, 16, 32),
+    _isa("avxvnni", _X86, f"{_AVX2} avx_vnni", f"{_WITH_AVX2} -mavxvnni", 8, 16, "dot"),
+    _isa("avx2", _X86, _AVX2, _WITH_AVX2, 8, 16),
+    _isa("neondot", _ARM, "asimd asimddp", "-march=armv8.2-a+dotprod", 4, 32, "dot"),
+    _isa("neon", _ARM, "asimd", "-march=armv8-a", 4, 32),
     _isa("scalar", "", "", "-DKERNELGEN_SCALAR", 4, 16),
 )  # fmt: skip
 
@@ -86,8 +79,9 @@ def cpu_features() -> frozenset[str]:
             if key.strip() in ("flags", "Features"):
                 return frozenset(value.split())
     if sys.platform == "darwin":
-        asked = {"asimddp": "hw.optional.arm.FEAT_DotProd", "avx2": "hw.optional.avx2_0",
-                 "fma": "hw.optional.fma", "f16c": "hw.optional.f16c"}  # fmt: skip
+        asked = {"asimd": "hw.optional.neon", "asimddp": "hw.optional.arm.FEAT_DotProd",
+                 "avx2": "hw.optional.avx2_0", "fma": "hw.optional.fma",
+                 "f16c": "hw.optional.f16c"}  # fmt: skip
         return frozenset(name for name, key in asked.items() if _sysctl(key) == "1")
     return frozenset()
 
@@ -105,100 +99,6 @@ def native_isa() -> Isa:
         if (not isa.machines or machine in isa.machines) and isa.needs <= cpu_features():
             return isa
     return ISAS[-1]
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C compiler that works, its version, and whether it has OpenMP."""
-
-    command: tuple[str, ...]
-    version: str
-    openmp: bool
-
-
-@functools.cache
-def find_compiler() -> Compiler | str:
-    """CC if set; else the first of clang, gcc, cc, ziglang that has OpenMP; else the first that
-    compiles at all; else a sentence that says what was tried."""
-    wanted = os.environ.get("CC")
-    if wanted:
-        found = _try_compiler(tuple(shlex.split(wanted)))
-        return found or f"CC is set to {wanted!r}, which does not compile C; set it right or unset it"
-    working = []
-    for command in _candidates():
-        found = _try_compiler(command)
-        if found and found.openmp:
-            return found
-        if found:
-            working.append(found)
-    if working:
-        return working[0]
-    return (
-        "no C compiler was found (tried clang, gcc, cc and the ziglang package);"
-        " install one, or pip install kernelgen[c]"
-    )
-
-
-def _candidates() -> list[tuple[str, ...]]:
-    names = ["clang", *(f"clang-{n}" for n in range(24, 14, -1)), "gcc", "cc"]
-    commands = [(name,) for name in names if shutil.which(name)]
-    # newer clangs first: plain "clang" may be an old one
-    commands.sort(key=lambda c: (not c[0].startswith("clang-"),))
-    if importlib.util.find_spec("ziglang") is not None:
-        commands.append((sys.executable, "-m", "ziglang", "cc"))  # type: ignore[arg-type]
-    return commands  # type: ignore[return-value]
-
-
-def _try_compiler(command: tuple[str, ...]) -> Compiler | None:
-    try:
-        shown = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    version = shown.stdout.strip().splitlines()[0] if shown.stdout.strip() else "unknown version"
-    if _compiles(command, ["-fopenmp"], "#include <omp.h>\nint f(void){return omp_get_max_threads();}"):
-        return Compiler(command, version, True)
-    return Compiler(command, version, False) if _compiles(command, [], "int f(void){return 1;}") else None
-
-
-def _compiles(command: tuple[str, ...], flags: list[str], source: str) -> bool:
-    with tempfile.TemporaryDirectory(prefix="kernelgen-") as folder:
-        path = Path(folder) / "try.c"
-        path.write_text(source)
-        out = str(path.with_suffix(".so"))
-        try:
-            done = subprocess.run(
-                [*command, "-shared", "-fPIC", *flags, str(path), "-o", out],
-                capture_output=True, timeout=120, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.SubprocessError):
-            return False
-        return done.returncode == 0
-
-
-def flags(isa: Isa, contract: bool, openmp: bool) -> list[str]:
-    """Compiler flags for a kernel."""
-    return [
-        "-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra",
-        f"-ffp-contract={'fast' if contract else 'off'}", *isa.flags,
-        *(["-fopenmp"] if openmp else []),
-    ]  # fmt: skip
-
-
-@functools.cache
-def headers_digest() -> str:
-    """Hash of the headers that every kernel includes."""
-    digest = hashlib.sha256()
-    for path in sorted(HEADERS.glob("*.h")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept; the user's cache folder, or KERNELGEN_CACHE."""
-    import platformdirs
-
-    root = os.environ.get("KERNELGEN_CACHE") or platformdirs.user_cache_dir("kernelgen")
-    return Path(root) / "c"
 
 
 class CProgram:
@@ -238,6 +138,9 @@ class CRuntime:
         found = find_compiler()
         if isinstance(found, str):
             return found
+        machine = platform.machine().lower()
+        if self.isa.machines and machine not in self.isa.machines:
+            return f"{self.isa.name} is for {self.isa.machines[0]}, and this machine is {machine}"
         missing = self.isa.needs - cpu_features()
         if missing:
             return f"this CPU lacks {', '.join(sorted(missing))}, which {self.isa.name} needs"
@@ -304,7 +207,7 @@ class CRuntime:
     def _interleave(self, kernel: Kernel, w: Weights) -> Array:
         n, k = w.shape
         program = self.program(kernel)
-        tiles = np.empty(program.size("bytes", n, k), np.uint8)
+        tiles = _aligned(program.size("bytes", n, k))
         program(w.data, tiles, n, k)
         return tiles
 
@@ -333,55 +236,20 @@ class CRuntime:
         return run_with_scratch
 
     def program(self, kernel: Kernel) -> CProgram:
-        """Load the kernel, compiling it first where the cache has no binary of the same source,
-        flags and compiler.  Safe under many threads and processes."""
+        """The kernel, compiled and loaded; safe under many threads and processes."""
         program = self._programs.get(kernel.hash)
         if program is None:
-            with self._lock:
-                program = self._programs.get(kernel.hash)
-                if program is None:
-                    program = CProgram(ctypes.CDLL(str(self.binary(kernel))), kernel)
-                    self._programs[kernel.hash] = program
+            made = CProgram(library(kernel, self.isa.flags), kernel)
+            program = self._programs.setdefault(kernel.hash, made)
         return program
 
-    def binary(self, kernel: Kernel) -> Path:
-        """Path of the kernel's shared library in the cache; made if it is not there."""
-        compiler = find_compiler()
-        if isinstance(compiler, str):
-            raise TargetError(compiler)
-        options = flags(self.isa, kernel.contract, compiler.openmp)
-        key = "\0".join([kernel.source, headers_digest(), *options, *compiler.command, compiler.version])
-        name = f"{kernel.entry}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-        path = cache_folder() / name
-        if not path.exists():
-            _build(compiler, options, kernel, path)
-        return path
 
-
-def _build(compiler: Compiler, options: Sequence[str], kernel: Kernel, path: Path) -> None:
-    from filelock import FileLock
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):  # many processes may want the same kernel at once
-        if path.exists():
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-            source = Path(folder) / f"{kernel.entry}.c"
-            source.write_text(kernel.source)
-            built = source.with_suffix(".so")
-            command = [*compiler.command, *options, "-shared", f"-I{HEADERS}", str(source),
-                       "-o", str(built), "-lm"]  # fmt: skip
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                kept = path.with_suffix(".c")
-                kept.write_text(kernel.source)
-                raise CompileError(
-                    f"{compiler.version} rejected {kernel.op} {kernel.format.name}"
-                    f" (source kept in {kept}): {done.stderr.strip() or done.stdout.strip()}"
-                )
-            if done.stderr.strip():
-                log.debug("%s: %s", kernel.entry, done.stderr.strip())
-            os.replace(built, path)  # a reader sees the whole file or none
+def _aligned(size: int) -> Array:
+    """Bytes that begin at a cache line, so that no vector of a tile lies across two of them."""
+    line = 64
+    whole = np.empty(size + line, np.uint8)
+    start = -_address(whole) % line
+    return whole[start : start + size]
 
 
 def _address(array: Array) -> int:

@@ -79,9 +79,8 @@ class TensorSteps:
 
     pointers     what they load from
     scale        f32, in `g`; None where it is 1
-    offset       f32, in `g`: what is added to scale * code; None where it is 0
-    pure_offset  the same for scale * (code - bias), which is exact
-    bias         what `offset` takes care of
+    offset       f32, in `g`: what is added to scale * (code - bias); None where it is 0
+    bias         what is to be subtracted from a code
     codes        u32, in `g` and `j`: four codes as bytes
     code         i32: what a byte of `codes` stands for, in `index`; None where it is the code
                  itself, a signed byte
@@ -92,7 +91,6 @@ class TensorSteps:
     pointers: tuple[Pointer, ...]
     scale: Expr | None
     offset: Expr | None
-    pure_offset: Expr | None
     bias: int
     codes: Expr | None
     code: Expr | None
@@ -123,7 +121,7 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
     if fmt.float_codes:
         values = lower(fmt.value_expr(var("i", fmt.block)))
         return TensorSteps(
-            fmt, tuple(pointers.values()), None, None, None, 0, None, None, values, ()
+            fmt, tuple(pointers.values()), None, None, 0, None, None, values, ()
         )
     g, bias = group_var(fmt), fmt.bias
     code = fmt.code_expr(fmt.group * g + LANES * word_var(fmt) + LANE)
@@ -134,22 +132,13 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
         codes = codes.args[0]
     elif interval(code)[1] > 127:  # bytes are multiplied as signed ones
         codes, bias = codes ^ splat(0x80), bias - 128
-    scale = None if fmt.scale is None else fmt.scale_expr(g)
-    pure = None if fmt.offset is None else fmt.offset_expr(g)
-    lowered = [lower(e) for e in (scale, _offset(fmt, g, bias), pure, codes)]
+    scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
+    offset = None if fmt.offset is None else lower(fmt.offset_expr(g))
+    codes = lower(codes)
     reasons = (packed.scalar_because,) if packed.scalar_because else ()
     return TensorSteps(
-        fmt, tuple(pointers.values()), lowered[0], lowered[1], lowered[2], bias, lowered[3],
-        of_index, None, reasons,
-    )  # fmt: skip
-
-
-def _offset(fmt: BlockFormat, g: Expr, bias: int) -> Expr | None:
-    """What is added to scale * code, where `bias` has not been subtracted from the code."""
-    if not bias:
-        return None if fmt.offset is None else fmt.offset_expr(g)
-    biased = fmt.scale_expr(g) * float(-bias)
-    return biased if fmt.offset is None else biased + fmt.offset_expr(g)
+        fmt, tuple(pointers.values()), scale, offset, bias, codes, of_index, None, reasons
+    )
 
 
 def _unnamed(node: Expr) -> Expr | None:

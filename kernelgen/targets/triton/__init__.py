@@ -1,0 +1,208 @@
+"""The Triton target: modules with one `@triton.jit` kernel each."""
+
+from __future__ import annotations
+
+import textwrap
+
+from kernelgen.config import (
+    Capabilities,
+    Config,
+    ProgramBlocksConfig,
+    ProgramConfig,
+    ProgramIntegerTileConfig,
+    ProgramMatvecConfig,
+    ProgramRowsConfig,
+    ProgramTileConfig,
+)
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.layout import named_layout
+from kernelgen.targets.base import Argument, Launch, Target, Walk, statement
+from kernelgen.targets.triton.dialect import TENSORS, UNROLLED
+from kernelgen.targets.triton.steps import TensorSteps, tensor_steps
+
+#: threads of a warp, where a launch must name a number of threads
+WARP = 32
+
+#: groups of a block that a loop is unrolled over at most
+MOST_UNROLLED = 32
+
+_SYMBOLS = {
+    "ROW_BYTES": "K // block * block_bytes",
+    "BLOCKS": "K // block",
+    "GROUPS": "K // group",
+}
+_W = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
+_X = Argument("x", "in", "f32", ("M", "K"))
+
+
+def _quantized(role: str) -> tuple[Argument, ...]:
+    return (
+        Argument("xq", role, "i8", ("M", "K")),
+        Argument("xd", role, "f32", ("M", "BLOCKS")),
+        Argument("xs", role, "f32", ("M", "GROUPS")),
+    )
+
+
+def _sizes(*names: str) -> tuple[Argument, ...]:
+    return tuple(Argument(name, "size", "i32") for name in names)
+
+
+# ---- sizes of tensors, which are powers of two ------------------------------------------------
+
+
+def padded(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def groups_of(elements: int, fmt: BlockFormat, least: int = 1) -> int:
+    """Groups, filled up to powers of two, of about so many elements, and not fewer than `least`;
+    elements themselves where they are floats."""
+    if fmt.float_codes:
+        return elements
+    return max(1, max(elements, least) // padded(fmt.group))
+
+
+def items_of(config: ProgramBlocksConfig, fmt: BlockFormat) -> int:
+    """Blocks of activations that a program quantizes."""
+    return max(1, config.elements // (padded(fmt.group) * padded(fmt.groups)))
+
+
+def depth_of(config: ProgramIntegerTileConfig, fmt: BlockFormat) -> int:
+    """Elements of a group that are multiplied at once; matrix units take 16 or more."""
+    return min(config.depth, max(16, padded(fmt.group)))
+
+
+def unrolls(config: ProgramIntegerTileConfig, fmt: BlockFormat) -> bool:
+    """Whether the groups of a block are unrolled; where there is one, there is no loop."""
+    return fmt.groups == 1 or (config.unroll and fmt.groups <= MOST_UNROLLED)
+
+
+# ---- text -------------------------------------------------------------------------------------
+
+_DTYPES = {"u8": "uint8", "i8": "int8", "i32": "int32", "f32": "float32"}
+
+
+def _meaning(one: Argument, fmt: BlockFormat) -> str:
+    """What an argument's shape or content means, behind its declaration."""
+    if one.name == "w":
+        return f", ROW_BYTES = K / {fmt.block} * {fmt.nbytes}" if fmt.block > 1 else ""
+    if one.name == "xd":
+        return f", BLOCKS = K / {fmt.block}: x is about xd * xq"
+    if one.name == "xs":
+        return f", GROUPS = K / {fmt.group}: sums of xq"
+    return ""
+
+
+def _unbiased(bias: int) -> str:
+    """The code without its bias."""
+    if not bias:
+        return "code"
+    return f"(code.to(tl.int32) {'-' if bias > 0 else '+'} {abs(bias)})"
+
+
+def _whole_offset(steps: TensorSteps) -> str:
+    """What is added to scale * code for each element of a group, bias included."""
+    biased = f"{-steps.bias}.0"
+    if steps.scale is not None:
+        biased = f"scale * {biased}"
+    if steps.offset is None:
+        return biased
+    return f"{biased} + offset" if steps.bias else "offset"
+
+
+def _prose(text: str) -> str:
+    """Text of a format's author that can stand in a docstring."""
+    plain = " ".join(text.replace("\\", "\\\\").replace('"', "'").split())
+    return "\n".join(textwrap.wrap(plain, 100))
+
+
+# ---- walks ------------------------------------------------------------------------------------
+
+
+def _integer_codes(fmt: BlockFormat) -> str | None:
+    if fmt.float_codes:
+        return f"elements of {fmt.name} are floats, which have no integer dot product"
+    return None
+
+
+def _steps(fmt: BlockFormat, config: Config) -> TensorSteps:
+    assert isinstance(config, ProgramConfig)
+    unrolled = isinstance(config, ProgramIntegerTileConfig) and unrolls(config, fmt)
+    return tensor_steps(fmt, named_layout(config.layout), unrolled)
+
+
+def _threads(config: Config) -> int:
+    assert isinstance(config, ProgramConfig)
+    return WARP * config.warps
+
+
+def _quantize_launch(config: Config, fmt: BlockFormat) -> Launch:
+    assert isinstance(config, ProgramBlocksConfig)
+    groups = f"-(-(M * (K // {fmt.block})) // {items_of(config, fmt)})"
+    return Launch((groups, "1"), _threads(config))
+
+
+def _product_launch(config: Config, fmt: BlockFormat) -> Launch:
+    if isinstance(config, ProgramMatvecConfig):
+        n, m = config.rows, config.columns
+    else:
+        assert isinstance(config, ProgramTileConfig | ProgramIntegerTileConfig)
+        n, m = config.tile_n, config.tile_m
+    return Launch((f"-(-N // {n})", f"-(-M // {m})"), _threads(config))
+
+
+def _rows(op: str, count: str) -> Walk:
+    def launch(config: Config, fmt: BlockFormat) -> Launch:
+        assert isinstance(config, ProgramRowsConfig)
+        elements = groups_of(config.elements, fmt) * fmt.group
+        groups = (f"-(-{count} // {config.rows})", f"-(-K // {elements})")
+        return Launch(groups, _threads(config))
+
+    ids = (Argument("ids", "in", "i32", ("ROWS",)),) if op == "get_rows" else ()
+    sizes = _sizes("ROWS", "N", "K") if op == "get_rows" else _sizes("N", "K")
+    return Walk(
+        name="tensors", op=op, precision="", template="get_rows.py.j2", config=ProgramRowsConfig,
+        arguments=(_W, *ids, Argument("y", "out", "f32", (count, "K")), *sizes),
+        symbols=_SYMBOLS, contract=False, steps=_steps, launch=launch,
+    )  # fmt: skip
+
+
+def _product(op: str, precision: str, template: str, config: type[Config]) -> Walk:
+    inputs = (_X,) if precision == "fp32" else _quantized("in")
+    result = Argument("y", "out", "f32", ("M", "N"))
+    return Walk(
+        name=f"{op}_{precision}", op=op, precision=precision, template=template, config=config,
+        arguments=(_W, *inputs, result, *_sizes("M", "N", "K")), symbols=_SYMBOLS,
+        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        steps=_steps, launch=_product_launch,
+        needs=lambda config: ("quantize",) * (precision == "int8"),
+    )  # fmt: skip
+
+
+TARGET = Target(
+    name="triton",
+    description="Triton modules, for GPUs through torch",
+    suffix=".py",
+    walks=(
+        _rows("dequantize", "N"),
+        _rows("get_rows", "ROWS"),
+        Walk(
+            name="absmax", op="quantize", precision="int8", template="quantize.py.j2",
+            config=ProgramBlocksConfig, arguments=(_X, *_quantized("out"), *_sizes("M", "K")),
+            symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=_steps,
+            launch=_quantize_launch,
+        ),
+        _product("matvec", "int8", "matvec.py.j2", ProgramMatvecConfig),
+        _product("matvec", "fp32", "matvec.py.j2", ProgramMatvecConfig),
+        _product("matmul", "int8", "matmul_int8.py.j2", ProgramIntegerTileConfig),
+        _product("matmul", "fp32", "matmul_fp32.py.j2", ProgramTileConfig),
+    ),
+    dialects={"tensors": TENSORS, "numbers": UNROLLED},
+    capabilities=Capabilities(shared_bytes=65536),
+    globals={
+        "depth_of": depth_of, "dtypes": _DTYPES, "groups_of": groups_of, "items_of": items_of,
+        "meaning": _meaning, "padded": padded, "prose": _prose, "statement": statement,
+        "unbiased": _unbiased, "unrolls": unrolls, "whole_offset": _whole_offset,
+    },
+)  # fmt: skip

@@ -1,0 +1,282 @@
+"""Measures candidates and survives them: the parent's side of `kernelgen.tuner.worker`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, Protocol
+
+from kernelgen.errors import TuningError
+from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.worker import STANDARD
+
+OK, PRUNED, FAILED = "ok", "pruned", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate.
+
+    status     "ok", "pruned" (given up as clearly slower) or "failed"
+    kind       of a failure: "compile", "crash", "hang", "nan", "wrong", "memory", "error"
+    reason     of a failure, a sentence
+    samples    seconds of a call, medians of bursts
+    against    the same of what it was timed in turns with
+    error, bound, rms_error   see kernelgen.tuner.gate.Verdict
+    spent      seconds that finding out took
+    """
+
+    status: str
+    kind: str | None = None
+    reason: str | None = None
+    samples: tuple[float, ...] = ()
+    against: tuple[float, ...] = ()
+    error: float | None = None
+    bound: float | None = None
+    rms_error: float | None = None
+    spent: float = field(default=0.0, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Median of the samples."""
+        return statistics.median(self.samples)
+
+    @property
+    def ratio(self) -> float | None:
+        """Its time in units of that of what it was timed with."""
+        return self.seconds / statistics.median(self.against) if self.against else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+class Measurer(Protocol):
+    """What a study measures with."""
+
+    def prepare(self, problem: Problem) -> None:
+        """Get ready for the candidates of a problem."""
+        ...
+
+    def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
+        """Compile ahead; outcomes of those that failed, by their ids."""
+        ...
+
+    def measure(
+        self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
+        max_error: float | None = None, prune: bool = True,
+    ) -> Outcome:  # fmt: skip
+        """Check and time a candidate in turns with another, for about `seconds`; over after
+        `limit` seconds whatever it does."""
+        ...
+
+    def bandwidth(self) -> float | None:
+        """Bytes read from memory in a second, if that is known."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...
+
+
+class WorkerDied(Exception):
+    """The worker crashed or did not answer in time."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Child:
+    """One worker process, started on first use and again after each end."""
+
+    def __init__(self, factory: str, target: str, variant: str = "") -> None:
+        self._command = [sys.executable, "-m", "kernelgen.tuner.worker", factory, target, variant]
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._errors: IO[bytes] | None = None
+        self.problem: dict[str, Any] | None = None
+        self._ready = False
+
+    def request(self, limit: float, do: str, **values: Any) -> dict[str, Any]:
+        """The answer to a request.  Raises WorkerDied where there is none within the limit; the
+        start of a process and the making of inputs are not counted."""
+        self._start()
+        return self._ask(limit, {"do": do, "with": values})
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None and self._ready:
+            return
+        self.kill()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `kill`
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            text=True,
+        )  # fmt: skip
+        self._answers = queue.SimpleQueue()
+        threading.Thread(
+            target=_forward, args=(self._process.stdout, self._answers), daemon=True
+        ).start()
+        if self.problem is not None:
+            reply = self._ask(300, {"do": "problem", "with": self.problem})
+            if not reply["ok"]:
+                raise TuningError(f"the problem cannot be set up: {reply['reason']}")
+        self._ready = True
+
+    def _ask(self, limit: float, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a dead one is seen below
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        try:
+            line = self._answers.get(timeout=max(limit, 0.05))
+        except queue.Empty:
+            self.kill()
+            raise WorkerDied("hang", f"no answer within {limit:.1f} s, so it was killed") from None
+        if line is None:
+            code = process.wait()
+            said = self._said()
+            self.kill()
+            raise WorkerDied("crash", _ending(code) + (f": {said}" if said else ""))
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def _said(self) -> str:
+        """The last line on the worker's stderr."""
+        if self._errors is None:
+            return ""
+        self._errors.seek(0)
+        lines = self._errors.read().decode("utf-8", "replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")[:300]
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe is not None:
+                        pipe.close()
+        if self._errors is not None:
+            self._errors.close()
+        self._process = self._errors = None
+        self._ready = False
+
+
+def _forward(pipe: IO[str] | None, answers: queue.SimpleQueue[str | None]) -> None:
+    with contextlib.suppress(ValueError, OSError):  # closed under us
+        for line in pipe or ():
+            answers.put(line)
+    answers.put(None)
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"its process ended with code {code}"
+    name = signal.Signals(-code).name if -code in signal.Signals.__members__.values() else -code
+    text = f"its process was killed by {name}"
+    if code == -signal.SIGKILL:
+        text += ", as the system does where memory runs out"
+    return text
+
+
+class WorkerMeasurer:
+    """Measures in a child process, and compiles in some others.
+
+    factory   "module:function" that gives the target and its runtime, in the worker
+    compilers processes that compile at once; nothing is timed meanwhile
+    """
+
+    def __init__(
+        self, target: str, variant: str = "", *, factory: str = STANDARD, compilers: int = 0
+    ) -> None:
+        self._child = Child(factory, target, variant)
+        count = compilers or min(4, os.cpu_count() or 1)
+        self._compilers = [Child(factory, target, variant) for _ in range(count)]
+
+    def prepare(self, problem: Problem) -> None:
+        """Tell the workers."""
+        about = {
+            "format": problem.fmt.name, "m": problem.m, "n": problem.n, "k": problem.k,
+            "precision": problem.precision,
+        }  # fmt: skip
+        self._child.kill()
+        self._child.problem = about
+        for child in self._compilers:
+            child.kill()
+            child.problem = about | {"m": 1, "n": 1, "k": problem.fmt.block}  # needs no inputs
+
+    def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
+        """Compile in parallel."""
+        idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        for child in self._compilers:
+            idle.put(child)
+
+        def one(candidate: Candidate) -> Outcome | None:
+            child, begin = idle.get(), time.perf_counter()
+            try:
+                reply = child.request(limit, "compile", candidate=candidate.as_dict())
+            except WorkerDied as died:
+                reply = {"ok": False, "kind": died.kind, "reason": f"compiling: {died}"}
+            finally:
+                idle.put(child)
+            return None if reply["ok"] else _failed(reply, time.perf_counter() - begin)
+
+        with ThreadPoolExecutor(len(self._compilers)) as pool:
+            outcomes = list(pool.map(one, candidates))
+        return {c.id: o for c, o in zip(candidates, outcomes, strict=True) if o is not None}
+
+    def measure(
+        self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
+        max_error: float | None = None, prune: bool = True,
+    ) -> Outcome:  # fmt: skip
+        """Measure in the child."""
+        begin = time.perf_counter()
+        try:
+            reply = self._child.request(
+                limit, "measure", candidate=candidate.as_dict(),
+                against=against.as_dict() if against else None,
+                seconds=seconds, max_error=max_error, prune=prune,
+            )  # fmt: skip
+        except WorkerDied as died:
+            reply = {"ok": False, "kind": died.kind, "reason": str(died)}
+        spent = time.perf_counter() - begin
+        if not reply["ok"]:
+            if reply["kind"] != "compile":
+                self._child.kill()  # what went wrong may have harmed more than itself
+            return _failed(reply, spent)
+        return Outcome(
+            PRUNED if reply["pruned"] else OK, None, None, tuple(reply["samples"]),
+            tuple(reply["against"]), reply["error"], reply["bound"], reply["rms_error"], spent,
+        )  # fmt: skip
+
+    def bandwidth(self) -> float | None:
+        """Measured in the child."""
+        try:
+            found = self._child.request(60, "bandwidth").get("bytes_per_s")
+        except WorkerDied:
+            return None
+        return float(found) if found else None
+
+    def close(self) -> None:
+        """End the processes."""
+        for child in (self._child, *self._compilers):
+            child.kill()
+
+
+def _failed(reply: dict[str, Any], spent: float) -> Outcome:
+    return Outcome(FAILED, reply["kind"], reply["reason"], spent=spent)

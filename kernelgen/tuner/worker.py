@@ -1,0 +1,242 @@
+"""The child process that runs candidates: `python -m kernelgen.tuner.worker FACTORY TARGET`.
+
+It reads requests as JSON lines and answers each with one.  Whatever a candidate does to it, its
+parent (kernelgen.tuner.measure) lives, and starts another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen import targets
+from kernelgen.errors import CompileError, KernelgenError, TargetError
+from kernelgen.generate import generate_walk
+from kernelgen.ir import formats
+from kernelgen.targets.base import Kernel, Runtime, Target
+from kernelgen.tensor import QuantTensor
+from kernelgen.tuner import gate, space
+
+Array = npt.NDArray[Any]
+
+#: bytes of weights to go through in turns, so that they come from memory, as a model's do
+PAST_THE_CACHE = 96 * 2**20
+_MOST_COPIES = 16
+
+#: seconds of calls one after the other in a turn
+_BURST = 0.004
+
+#: how much slower than the best a candidate may look while it is still measured, after how many
+#: turns
+_CLEARLY_SLOWER = ((1, 2.0), (3, 1.3), (5, 1.12))
+
+#: the factory of targets that are not made up
+STANDARD = "kernelgen.tuner.worker:standard"
+
+
+def standard(name: str, variant: str = "") -> tuple[Target, Runtime]:
+    """A target and its runtime."""
+    target = targets.get(name)
+    return target, target.runtime(variant)
+
+
+def resolve(factory: str) -> Callable[..., tuple[Target, Runtime]]:
+    """A function by "module:name"."""
+    module, _, name = factory.partition(":")
+    found: Callable[..., tuple[Target, Runtime]] = getattr(importlib.import_module(module), name)
+    return found
+
+
+class Failure(Exception):
+    """A candidate failed: kind and reason."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Worker:
+    """Answers requests about one target and one problem."""
+
+    def __init__(self, target: Target, runtime: Runtime) -> None:
+        self.target, self.runtime = target, runtime
+        self._problem: space.Problem | None = None
+        self._runs: dict[str, tuple[Kernel, gate.Run]] = {}
+        self._verdicts: dict[str, gate.Verdict] = {}
+        self._copies: list[QuantTensor] = []
+        self._turn = 0
+
+    def problem(self, format: str, m: int, n: int, k: int, precision: str) -> dict[str, Any]:
+        """Make the inputs of a problem, once for all candidates."""
+        fmt = formats.get(format)
+        self._problem = space.Problem(fmt, m, n, k, precision)
+        self._runs.clear()
+        self._verdicts.clear()
+        self._sample = gate.Sample.make(fmt, m, n, k)
+        w = self._sample.w
+        copies = min(_MOST_COPIES, max(1, -(-PAST_THE_CACHE // w.nbytes)))
+        self._copies = [w]
+        for _ in range(copies - 1):
+            self._copies.append(QuantTensor(fmt, w.shape, w.data.copy()))
+        self._out = np.empty((m, n), np.float32)
+        return {"copies": copies, "nbytes": w.nbytes}
+
+    def compile(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """Compile a candidate for all processes, as far as the target keeps binaries on disk."""
+        begin = time.perf_counter()
+        self._load(candidate)
+        return {"seconds": time.perf_counter() - begin}
+
+    def _load(self, candidate: Mapping[str, Any]) -> tuple[str, Kernel, gate.Run]:
+        assert self._problem is not None
+        name = json.dumps(candidate, sort_keys=True)
+        if name not in self._runs:
+            walk = space.walk_named(self.target, candidate["op"], candidate["walk"])
+            if walk is None:
+                raise TargetError(f"target {self.target.name} has no walk {candidate['walk']}")
+            config = walk.config.from_dict(candidate["config"])
+            kernel = generate_walk(walk, self._problem.fmt, self.target, config)
+            self._runs[name] = kernel, self.runtime.matmul(kernel)
+        return name, *self._runs[name]
+
+    def measure(
+        self,
+        candidate: Mapping[str, Any],
+        against: Mapping[str, Any] | None = None,
+        seconds: float = 0.5,
+        rounds: int = 15,
+        max_error: float | None = None,
+        prune: bool = True,
+    ) -> dict[str, Any]:
+        """Check a candidate, then time it in turns with another, for about so many seconds."""
+        name, kernel, run = self._load(candidate)
+        verdict = self._verdicts.get(name)
+        if verdict is None:
+            verdict = self._verdicts[name] = gate.judge(
+                kernel, run, self.runtime, self.target, self._sample, max_error
+            )
+        if verdict.kind is not None:
+            raise Failure(verdict.kind, verdict.reason or "")
+        other = self._load(against)[2] if against is not None else None
+        mine, theirs, pruned = self._time(run, other, seconds, rounds, prune)
+        return {
+            "samples": mine, "against": theirs, "pruned": pruned,
+            "error": verdict.error, "bound": verdict.bound, "rms_error": verdict.rms_error,
+        }  # fmt: skip
+
+    def _time(
+        self, run: gate.Run, other: gate.Run | None, seconds: float, rounds: int, prune: bool
+    ) -> tuple[list[float], list[float], bool]:
+        """Medians of bursts of both, in turns; and whether the first was given up as slower."""
+        for one in (run, other):
+            if one is not None:
+                for w in self._copies:  # repacks or uploads all of them, and is not timed
+                    one(self._sample.x, w, self._out)
+        mine: list[float] = []
+        theirs: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(mine) < rounds and (len(mine) < 3 or time.perf_counter() < end):
+            if other is not None and len(mine) % 2 == 0:
+                theirs.append(self._burst(other))
+                mine.append(self._burst(run))
+            else:
+                mine.append(self._burst(run))
+                if other is not None:
+                    theirs.append(self._burst(other))
+            if prune and theirs:
+                ratio = statistics.median(mine) / statistics.median(theirs)
+                if any(len(mine) >= turns and ratio > most for turns, most in _CLEARLY_SLOWER):
+                    return mine, theirs, True
+        return mine, theirs, False
+
+    def _burst(self, run: gate.Run) -> float:
+        """Median of calls, each with the next copy of the weights."""
+        times: list[float] = []
+        x, y, copies = self._sample.x, self._out, self._copies
+        begin = before = time.perf_counter()
+        while not times or before - begin < _BURST:
+            self._turn += 1
+            run(x, copies[self._turn % len(copies)], y)
+            now = time.perf_counter()
+            times.append(now - before)
+            before = now
+        return statistics.median(times)
+
+    def bandwidth(self) -> dict[str, Any]:
+        """Bytes that can be read from the device's memory in a second; None where that cannot be
+        measured from here."""
+        own = getattr(self.runtime, "read_bandwidth", None)
+        if own is not None:
+            return {"bytes_per_s": own()}
+        about = self.runtime.describe()
+        threads = about[0].get("threads") if about else None
+        return {"bytes_per_s": host_bandwidth(threads) if isinstance(threads, int) else None}
+
+
+def host_bandwidth(threads: int, megabytes: int = 96, turns: int = 6) -> float:
+    """Bytes that so many threads read from the host's memory in a second: the best of a few."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    parts = np.array_split(np.ones(megabytes * 2**17, np.float64), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(turns):
+            begin = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, megabytes * 2**20 / (time.perf_counter() - begin))
+    return best
+
+
+def answer(worker: Worker, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to one request: {"ok": true, ...}, or kind and reason of a failure."""
+    do = {"problem": worker.problem, "compile": worker.compile, "measure": worker.measure,
+          "bandwidth": worker.bandwidth}  # fmt: skip
+    try:
+        return {"ok": True, **do[request["do"]](**request.get("with", {}))}
+    except Failure as error:
+        return {"ok": False, "kind": error.kind, "reason": str(error)}
+    except CompileError as error:
+        return {"ok": False, "kind": "compile", "reason": str(error)}
+    except MemoryError as error:
+        return {"ok": False, "kind": "memory", "reason": f"out of memory: {error}"}
+    except KernelgenError as error:
+        return {"ok": False, "kind": "error", "reason": str(error)}
+    except Exception as error:  # a driver's own errors have no common class
+        return {"ok": False, "kind": "error", "reason": f"{type(error).__name__}: {error}"}
+
+
+def main(factory: str, name: str, variant: str = "") -> None:
+    """Answer requests until the parent closes the pipe, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when this ends
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what drivers print is not an answer
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            waiting.put(line)
+        os._exit(0)  # even out of a candidate that never ends
+
+    threading.Thread(target=listen, daemon=True).start()
+    worker = Worker(*resolve(factory)(name, variant))
+    while True:
+        reply = answer(worker, json.loads(waiting.get()))
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(reply), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
