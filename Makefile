@@ -28,10 +28,12 @@ install: $(INSTALLED)
 
 # kernelgen and all that tests and benchmarks need; the compiler is optional but faster than gcc
 $(INSTALLED): pyproject.toml scripts/install_venv.sh scripts/debian_packages.sh
-	@scripts/install_venv.sh $(PYTHON) $(VENV) dev
+	@scripts/install_venv.sh $(PYTHON) $(VENV) dev,opencl,wgsl,triton,tune
 ifeq ($(SYSTEM_PACKAGES),yes)
 	@scripts/debian_packages.sh "another C compiler serves, somewhat slower" \
 		clang-19 libomp-19-dev
+	@scripts/debian_packages.sh "tests of WebGPU need another Vulkan driver" \
+		libvulkan1 mesa-vulkan-drivers
 endif
 	@touch $@
 

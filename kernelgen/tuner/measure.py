@@ -187,7 +187,10 @@ def _forward(pipe: IO[str] | None, answers: queue.SimpleQueue[str | None]) -> No
 def _ending(code: int) -> str:
     if code >= 0:
         return f"its process ended with code {code}"
-    name = signal.Signals(-code).name if -code in signal.Signals.__members__.values() else -code
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
     text = f"its process was killed by {name}"
     if code == -signal.SIGKILL:
         text += ", as the system does where memory runs out"

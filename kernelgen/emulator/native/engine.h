@@ -33,6 +33,16 @@ struct EmuOp {
 };
 void emu_subgroup(EmuOp *op);
 
+// What languages have in common.  Values are bits; mask 0 is for languages without masks, where a
+// lane that is not there gives a shuffle nothing, which is no error.
+enum { EMU_IDX, EMU_UP, EMU_DOWN, EMU_BFLY, EMU_ROTATE };
+uint64_t emu_shuffle(int mode, uint64_t mask, uint64_t value, int by, int width, int line);
+enum { EMU_BALLOT, EMU_ANY, EMU_ALL, EMU_MATCH_ANY, EMU_MATCH_ALL, EMU_FIRST };
+uint64_t emu_vote(int kind, uint64_t mask, uint64_t value, int line);
+enum { EMU_REDUCE, EMU_INCLUSIVE, EMU_EXCLUSIVE }; // `op` is EMU_ADD, EMU_MIN...
+uint64_t emu_subgroup_reduce(int kind, int op, int type, uint64_t mask, uint64_t value, int line);
+void emu_subgroup_barrier(uint64_t mask, int line);
+
 // Barrier `id` of `count` threads; 0 means all of the block.  `strict` demands that all wait on the
 // same line: language-level barriers do, numbered barriers of assembly do not.
 enum { EMU_COUNT, EMU_AND, EMU_OR };
@@ -57,7 +67,7 @@ void emu_touch(const void *pointer, size_t bytes, int how, int line);
 // Read-modify-write that is atomic among threads of all blocks; returns the old bits.
 enum EmuRmw {
     EMU_ADD, EMU_SUB, EMU_EXCH, EMU_MIN, EMU_MAX, EMU_INC, EMU_DEC, EMU_CAS,
-    EMU_BAND, EMU_BOR, EMU_BXOR, EMU_LOAD, EMU_STORE
+    EMU_BAND, EMU_BOR, EMU_BXOR, EMU_LOAD, EMU_STORE, EMU_MUL
 };
 enum EmuType { EMU_U32, EMU_S32, EMU_U64, EMU_S64, EMU_F32, EMU_F64, EMU_F16, EMU_BF16,
                EMU_F16X2, EMU_BF16X2, EMU_U16 };

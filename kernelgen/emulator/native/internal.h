@@ -122,6 +122,9 @@ uint64_t code_offset(const void *pc);
 bool describe_address(const void *pointer, char *text, size_t size);
 bool outside_buffers(const void *pointer, size_t bytes);
 
+// `old` and `value` joined by an EmuRmw in an EmuType
+uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t compare);
+
 // Fibers
 constexpr size_t kStackBytes = 256 << 10;
 void switch_stack(void **from, void *to);

@@ -39,6 +39,7 @@ template <class T> T combine(int op, T old, T value, T compare) {
     switch (op) {
     case EMU_ADD: return T(old + value);
     case EMU_SUB: return T(old - value);
+    case EMU_MUL: return T(old * value);
     case EMU_MIN: return value < old ? value : old;
     case EMU_MAX: return old < value ? value : old;
     case EMU_INC: return old >= value ? T(0) : T(old + T(1));
@@ -49,6 +50,9 @@ template <class T> T combine(int op, T old, T value, T compare) {
     }
 }
 
+} // namespace
+
+namespace emu {
 uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t compare) {
     if (op == EMU_BAND) return old & value;
     if (op == EMU_BOR) return old | value;
@@ -73,6 +77,10 @@ uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t c
     default: return combine<uint32_t>(op, uint32_t(old), uint32_t(value), uint32_t(compare));
     }
 }
+
+} // namespace emu
+
+namespace {
 
 template <class Word>
 uint64_t exchange(void *p, int op, int type, uint64_t value, uint64_t compare) {

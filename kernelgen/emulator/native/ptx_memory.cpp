@@ -8,18 +8,22 @@
 
 namespace emu::ptx {
 
-void *address(const Exec &exec, const Instr &instr, const Operand &memory) {
+static void *address_in(bool shared, const Exec &exec, const Instr &instr, const Operand &memory) {
     uint64_t value = uint64_t(memory.number);
     Operand base = memory;
     base.form = Operand::kRegister;
     base.negated = false;
     if (memory.slot != -1) value += exec.get(base, Type{kBits, 64, 1, 0});
     if (memory.second >= 0) value += exec.registers[memory.second];
-    if (instr.has_prefix("shared")) return emu_shared_pointer(value, exec.line);
+    if (shared) return emu_shared_pointer(value, exec.line);
     if (value < kDynamicWindow + kMaxDynamic)
         emu_fail("bounds", exec.line, "0x%llx is no address of global memory in \"%s\"",
                  static_cast<unsigned long long>(value), instr.text.c_str());
     return reinterpret_cast<void *>(value);
+}
+
+void *address(const Exec &exec, const Instr &instr, const Operand &memory) {
+    return address_in(instr.has_prefix("shared"), exec, instr, memory);
 }
 
 static void aligned(const Exec &e, const Instr &i, const void *p, size_t bytes) {
@@ -114,9 +118,7 @@ static void copy_async(Exec &e, const Instr &i) {
     if (i.has("wait_all")) return emu_async_wait(-1);
     Type t;
     if (i.has("wait_group")) return emu_async_wait(int(e.get(i.operands[0], t)));
-    char *to = static_cast<char *>(address(e, i, i.operands[0]));
-    Instr global = i; // the same, for the address that is not in shared memory
-    global.words.clear();
+    char *to = static_cast<char *>(address_in(true, e, i, i.operands[0]));
     int bytes = int(e.get(i.operands[2], t)), from_bytes = bytes;
     // the last operand is a cache policy where the name says so
     size_t sizes = i.operands.size() - (i.has_prefix("L2::cache_hint") ? 1 : 0);
@@ -125,7 +127,7 @@ static void copy_async(Exec &e, const Instr &i) {
     if (!fits || from_bytes < 0 || from_bytes > bytes)
         emu_fail("instruction", e.line, "cp.async of %d bytes from %d: \"%s\"", bytes, from_bytes,
                  i.text.c_str());
-    char *from = static_cast<char *>(address(e, global, i.operands[1]));
+    char *from = static_cast<char *>(address_in(false, e, i, i.operands[1]));
     aligned(e, i, to, size_t(bytes));
     if (from_bytes) aligned(e, i, from, size_t(bytes));
     emu_async_copy(to, from, bytes, from_bytes, e.line);

@@ -1,0 +1,354 @@
+"""Runs Triton kernels through torch: on its GPU, or on the CPU by Triton's interpreter.
+
+Without a GPU the same kernels can be compiled for one (`compile_ahead`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import linecache
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from kernelgen.config import Capabilities
+from kernelgen.errors import CompileError, TargetError
+from kernelgen.targets.base import Array, Kernel
+from kernelgen.targets.device import Buffer, DeviceRuntime
+
+#: Triton decides by it, when its language is imported, whether kernels are interpreted
+INTERPRET = "TRITON_INTERPRET"
+
+#: the interpreter replaces parts of Triton's language while a kernel runs
+_interpreting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where kernels run: a GPU's name for torch, or "cpu" for the interpreter."""
+
+    name: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether kernels are interpreted."""
+        return self.name == "cpu"
+
+
+@functools.cache
+def find_device() -> Device | str:
+    """The device to run on, or a sentence that says why there is none."""
+    asked = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes", "y")
+    before = "triton.language" in sys.modules
+    try:
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ[INTERPRET] = "1"
+            asked = True
+        import triton.language
+        import triton.runtime.interpreter as interpreter
+    except ImportError as error:
+        return f"{error.name} cannot be imported ({error}); pip install kernelgen[triton]"
+    interpreted = isinstance(triton.language.sum, interpreter.InterpretedFunction)
+    if interpreted:
+        return Device("cpu")
+    if asked:
+        why = "was imported before" if before else "was not told"
+        return (
+            f"torch sees no GPU, and triton {why} without {INTERPRET}=1, which its interpreter"
+            " needs; set it in the environment, or let kernelgen be the first to import triton"
+        )
+    return Device("cuda")
+
+
+class TorchDriver:
+    """Memory and launches of torch's current GPU, or of the interpreter (see
+    kernelgen.targets.device.Driver)."""
+
+    #: addresses have 64 bits
+    largest = 1 << 62
+
+    def __init__(self, device: Device) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = device
+        self._dtypes = {
+            "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "f32": torch.float32
+        }  # fmt: skip
+
+    def key(self) -> Hashable:
+        """The device, as torch counts them."""
+        index = 0 if self._device.interpreted else self._torch.cuda.current_device()
+        return (self._device.name, index)
+
+    def upload(self, array: Array) -> Buffer:
+        """A tensor with the bytes of an array."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        tensor = self._torch.empty(raw.nbytes, dtype=self._torch.uint8)
+        tensor.numpy()[:] = raw
+        return tensor.to(self._device.name)
+
+    def empty(self, nbytes: int) -> Buffer:
+        """A tensor of that many bytes."""
+        return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device.name)
+
+    def download(self, buffer: Buffer, out: Array) -> None:
+        """Wait, and fill an array."""
+        out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()
+
+    def program(self, kernel: Kernel) -> Any:
+        """The kernel's function, the types of its tensors, and how it is launched."""
+        function = getattr(load(kernel.source, kernel.entry), kernel.entry)
+        dtypes = [self._dtypes[a.dtype] for a in kernel.arguments if a.role != "size"]
+        return function, dtypes, options(kernel)
+
+    def launch(
+        self,
+        program: Any,
+        groups: tuple[int, int],
+        threads: int,
+        buffers: Sequence[Buffer],
+        sizes: Sequence[int],
+    ) -> None:
+        """Start a grid."""
+        function, dtypes, launch_options = program
+        tensors = [b.view(dtype) for b, dtype in zip(buffers, dtypes, strict=True)]
+        if not self._device.interpreted:
+            function[groups](*tensors, *sizes, **launch_options)
+            return
+        with _interpreting, np.errstate(all="ignore"):
+            function[groups](*tensors, *sizes)
+
+
+def options(kernel: Kernel) -> dict[str, Any]:
+    """What a launch of the kernel sets besides its grid."""
+    config = kernel.config.as_dict()
+    return {
+        "num_warps": config["warps"], "num_stages": config["stages"],
+        "enable_fp_fusion": kernel.contract,
+    }  # fmt: skip
+
+
+def load(source: str, name: str) -> ModuleType:
+    """Generated source as a module.  Triton reads a function's text back, as tracebacks do."""
+    file = f"<kernelgen {name} {hash(source) & 0xFFFFFFFF:08x}>"
+    # entries without a time of change are never looked for on disk
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    module = ModuleType(file)
+    module.__file__ = file
+    sys.modules[file] = module
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module
+
+
+class TritonRuntime(DeviceRuntime):
+    """torch's current GPU; where there is none, Triton's interpreter."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        """Why kernels cannot run here, or None."""
+        found = find_device()
+        return found if isinstance(found, str) else None
+
+    def how(self) -> str:
+        """What is interpreted says nothing about a GPU's compiler."""
+        return "emulated" if _device().interpreted else "run"
+
+    def driver(self) -> TorchDriver:
+        """The device; opened on first use."""
+        return _driver()
+
+    def capabilities(self) -> Capabilities:
+        """Limits and features of the device."""
+        import torch
+
+        if _device().interpreted:
+            return Capabilities(shared_bytes=65536)
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        features = set()
+        if torch.version.cuda:
+            features |= {"dp4a"} if (found.major, found.minor) >= (6, 1) else set()
+            features |= {"tf32x3"} if found.major >= 8 else set()
+        shared = getattr(found, "shared_memory_per_block_optin", 65536)
+        return Capabilities(
+            max_threads=1024, shared_bytes=int(shared), features=frozenset(features)
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every GPU that torch sees, or the interpreter."""
+        import torch
+        import triton
+
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        if _device().interpreted:
+            return [{"device": "the CPU, by Triton's interpreter", **versions}]
+        found = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+        return [
+            {
+                "device": one.name,
+                "architecture": getattr(one, "gcnArchName", "") or f"{one.major}.{one.minor}",
+                "compute_units": one.multi_processor_count,
+                "memory": one.total_memory,
+                **versions,
+            }
+            for one in found
+        ]
+
+
+def _device() -> Device:
+    found = find_device()
+    if isinstance(found, str):
+        raise TargetError(found)
+    return found
+
+
+@functools.cache
+def _driver() -> TorchDriver:
+    return TorchDriver(_device())
+
+
+@functools.cache
+def runtime(variant: str = "") -> TritonRuntime:
+    """The runtime of torch's GPU, or of the interpreter."""
+    return TritonRuntime()
+
+
+# ---- ahead of time ----------------------------------------------------------------------------
+
+#: GPUs that kernels are compiled for where none is there: Ampere, Hopper, Blackwell, MI300
+GPUS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+
+#: threads of a warp
+_WARPS = {"cuda": 32, "hip": 64}
+
+_POINTERS = {"u8": "*u8", "i8": "*i8", "i32": "*i32", "f32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel that was compiled for a GPU.
+
+    kind      "cubin" or "hsaco"; `size` in bytes
+    shared    bytes of shared memory of a program
+    assembly  its instructions as the vendor's compiler wrote them: PTX, or GCN
+    """
+
+    gpu: str
+    kind: str
+    size: int
+    shared: int
+    assembly: str
+
+
+def compile_ahead(kernel: Kernel, gpu: str) -> Binary:
+    """The kernel compiled for a GPU that need not be there; see `compile_all`."""
+    (result,) = compile_all([(kernel, gpu)])
+    if isinstance(result, str):
+        raise CompileError(f"{kernel.op} {kernel.format.name} did not compile for {gpu}: {result}")
+    return result
+
+
+def compile_all(
+    wanted: Iterable[tuple[Kernel, str]], progress: Callable[[int], None] | None = None
+) -> list[Binary | str]:
+    """Kernels compiled for GPUs: each a binary, or the reason why there is none.
+
+    All in one process of its own: in this one kernels may be interpreted, which excludes
+    compiling, and a compiler may crash.  `progress` is called with the number that are done.
+    """
+    asked = [_request(kernel, gpu) for kernel, gpu in wanted]
+    if not asked:
+        return []
+    result: list[Binary | str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {k: v for k, v in os.environ.items() if k != INTERPRET}
+        # no result of another compiler's version, and none that is left behind
+        environment |= {"TRITON_CACHE_DIR": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=environment,
+        ) as process:  # fmt: skip
+            sent = "".join(json.dumps(one) + "\n" for one in asked)
+            assert process.stdin and process.stdout and process.stderr
+            feeder = threading.Thread(target=_feed, args=(process.stdin, sent))
+            messages: list[str] = []
+            reader = threading.Thread(target=lambda: messages.append(process.stderr.read()))
+            feeder.start(), reader.start()
+            for line in process.stdout:
+                answer = json.loads(line)
+                result.append(answer["error"] if "error" in answer else Binary(**answer))
+                if progress is not None:
+                    progress(len(result))
+            feeder.join(), reader.join()
+    died = f"the compiler ended early: {''.join(messages).strip()[-2000:]}"
+    return result + [died] * (len(asked) - len(result))
+
+
+def _feed(stream: Any, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.close()
+    except BrokenPipeError:
+        pass  # it ended early, which its answers say
+
+
+def _request(kernel: Kernel, gpu: str) -> dict[str, Any]:
+    kind, _, arch = gpu.partition(":")
+    if kind not in _WARPS or not arch:
+        raise TargetError(
+            f"{gpu!r} was asked for; a GPU is named as cuda:90 or hip:gfx942, for instance"
+            f" {', '.join(GPUS)}"
+        )
+    signature = {
+        a.name: "i32" if a.role == "size" else _POINTERS[a.dtype] for a in kernel.arguments
+    }
+    return {
+        "gpu": gpu, "source": kernel.source, "entry": kernel.entry, "signature": signature,
+        "options": options(kernel),
+    }  # fmt: skip
+
+
+def _serve() -> None:
+    """The other process: a request a line, an answer a line."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            answer = _compile(**json.loads(line))
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _compile(
+    gpu: str, source: str, entry: str, signature: dict[str, str], options: dict[str, Any]
+) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kind, _, arch = gpu.partition(":")
+    target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, _WARPS[kind])
+    # as a launch finds it: allocations are aligned, and sizes are multiples of 16
+    attributes = {(n,): [["tt.divisibility", 16]] for n in range(len(signature))}
+    function = getattr(load(source, entry), entry)
+    made = triton.compile(
+        ASTSource(function, signature, attrs=attributes), target=target, options=options
+    )
+    binary, text = ("cubin", "ptx") if kind == "cuda" else ("hsaco", "amdgcn")
+    return {
+        "gpu": gpu, "kind": binary, "size": len(made.asm[binary]),
+        "shared": made.metadata.shared, "assembly": made.asm[text],
+    }  # fmt: skip
