@@ -35,8 +35,14 @@ class FieldView:
     def __getitem__(self, index: Expr | int) -> Expr:
         return self._element(index)
 
-    def __getattr__(self, name: str) -> Any:
-        raise FormatError(f"{self._name} has several elements; write {self._name}[index]")
+    def _no_value(self, *_: object) -> Any:
+        raise ExprError(f"{self._name} has several elements; write {self._name}[index]")
+
+    __getattr__ = __neg__ = __lt__ = __le__ = __gt__ = __ge__ = _no_value
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = _no_value
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = _no_value
+    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _no_value
+    __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = _no_value
 
 
 class Block:
@@ -241,36 +247,53 @@ class BlockFormat:
     def _value(self) -> Expr:
         return self.value_expr(var("i", self.block))
 
-    def _check(self) -> None:
-        def bad(text: str) -> FormatError:
-            return FormatError(f"format {self.name}: {text}")
+    def _bad(self, text: str) -> FormatError:
+        return FormatError(f"format {self.name}: {text}")
 
+    def _check(self) -> None:
         if not re.fullmatch(r"[A-Za-z]\w*", self.name):
-            raise bad("a name is letters, digits and underscores, and begins with a letter")
+            raise self._bad("a name is letters, digits and underscores, and begins with a letter")
         if self.block <= 0 or self.group <= 0 or self.block % self.group:
-            raise bad(f"group {self.group} must divide block {self.block}")
-        if self.float_codes is False and self.group % 4 and self.block > 1:
-            raise bad(f"group {self.group} must be a multiple of 4, the codes of one 32-bit word")
+            raise self._bad(f"group {self.group} must divide block {self.block}")
         size = sum(f.nbytes for f in self.layout_fields)
         if size != self.nbytes:
-            raise bad(f"fields take {size} bytes, but nbytes says {self.nbytes}")
-        i, g = var("i", self.block), var("g", self.groups)
+            raise self._bad(f"fields take {size} bytes, but nbytes says {self.nbytes}")
+        self._check_code(self._checked("code(i)", self.code, var("i", self.block)))
+        of_group = {f"{name}(g)": body for name, body in self.ints.items()}
+        for name, body in {**of_group, "scale(g)": self.scale, "offset(g)": self.offset}.items():
+            if body is not None:
+                self._checked(name, body, var("g", self.groups))
+
+    def _checked(self, name: str, body: GroupExpr, index: Expr) -> Expr:
+        """The expression that `body` writes, after a look at every index."""
         try:
-            parts = {
-                "code(i)": (self.code_expr(i), i, self.block),
-                "scale(g)": (self.scale_expr(g), g, self.groups),
-                "offset(g)": (self.offset_expr(g), g, self.groups),
-            }
+            expr: object = body(self.view, index)
+            if isinstance(expr, FieldView):
+                expr._no_value()
         except ExprError as error:
-            raise bad(str(error)) from error
-        for name, (expr, index, count) in parts.items():
-            for problem in problems(expr, index.attr[0], count):
-                raise bad(f"{name}: {problem}")
-        code = parts["code(i)"][0]
-        if code.dtype is not F32:
-            lo, hi = interval(code)
-            if not (0 <= lo and hi <= 255) and not (lo >= -128 and hi <= 127):
-                raise bad(
-                    f"code(i) = {show(code)} ranges over {lo}..{hi}; it must fit a byte"
-                    " (0..255 or -128..127): mask it, or move the bias into offset"
-                )
+            raise self._bad(f"{name}: {error}") from error
+        if not isinstance(expr, Expr):
+            raise self._bad(
+                f"{name} must be an expression, not {expr!r}; a constant is const(value, F32) or"
+                " const(value, I32)"
+            )
+        variable, lo, hi = index.attr
+        for problem in problems(expr, variable, hi - lo + 1):
+            raise self._bad(f"{name}: {problem}")
+        return expr
+
+    def _check_code(self, code: Expr) -> None:
+        if code.dtype is F32:
+            return
+        if not code.dtype.is_int:
+            raise self._bad(f"code(i) = {show(code)} is a condition; it must be an integer or f32")
+        if self.group % 4 and self.block > 1:
+            raise self._bad(
+                f"group {self.group} must be a multiple of 4, the codes of one 32-bit word"
+            )
+        lo, hi = interval(code)
+        if not (0 <= lo and hi <= 255) and not (lo >= -128 and hi <= 127):
+            raise self._bad(
+                f"code(i) = {show(code)} ranges over {lo}..{hi}; it must fit a byte"
+                " (0..255 or -128..127): mask it, or move the bias into offset"
+            )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
-from kernelgen.ir.expr import Expr, var
+from kernelgen.ir.expr import F32, Expr, var
 
 Array = npt.NDArray[Any]
 
@@ -53,6 +53,8 @@ def code_table(fmt: BlockFormat) -> tuple[int, ...] | None:
 @functools.lru_cache(maxsize=256)
 def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
     """`Bits` of the stored codes (key "code") and of each of the format's group integers."""
+    if code_index(fmt, var("i", fmt.block)).dtype is F32:
+        raise _not_invertible(fmt, "its elements are floats")
     quantities = {CODE: (code_index(fmt, var("i", fmt.block)), "i", fmt.block)}
     for name in fmt.ints:
         quantities[name] = (fmt.int_expr(name, var("g", fmt.groups)), "g", fmt.groups)
@@ -78,7 +80,8 @@ def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
             # the sign bit of a signed element fills all bits above it
             lowest = masks & -masks
             order = np.argsort(lowest)
-            if not np.array_equal(lowest[order], 1 << np.arange(len(sources))):
+            bits_in_turn = np.array_equal(lowest[order], 1 << np.arange(len(sources)))
+            if len(sources) == 0 or not bits_in_turn:
                 raise _not_invertible(fmt, f"bits of {name}[{element}] are not bits of the block")
             positions.append(bits[sources[order]])
         if len({len(p) for p in positions}) != 1:
@@ -88,7 +91,18 @@ def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
         if len(set(own)) != len(own) or taken & set(own):
             raise _not_invertible(fmt, f"{name} shares bits with another value")
         taken |= set(own)
+        if not _is_shuffle(fmt, result[name], expr, index):
+            raise _not_invertible(fmt, f"bits of {name} are not bits of the block")
     return result
+
+
+def _is_shuffle(fmt: BlockFormat, where: Bits, expr: Expr, index: str) -> bool:
+    """Whether the bits found one at a time are the quantity in blocks with many bits set, too."""
+    blocks = np.random.default_rng(0).integers(0, 256, (32, fmt.nbytes), np.uint8)
+    stored = np.unpackbits(blocks, axis=-1, bitorder="little")[:, where.position]
+    weights = 1 << np.arange(where.width, dtype=np.int64)
+    seen = evaluate(expr, {index: np.arange(len(where.position))}, fmt.split(blocks))
+    return np.array_equal(stored @ weights, seen & ((1 << where.width) - 1))
 
 
 def _not_invertible(fmt: BlockFormat, why: str) -> FormatError:
@@ -117,7 +131,7 @@ def encode(
         ).view(np.uint8)
     for name, where in bit_positions(fmt).items():
         values = np.asarray(codes if name == CODE else ints[name])
-        _scatter(flat, values.reshape(len(flat), -1), where)
+        _scatter(flat, values.reshape(len(flat), len(where.position)), where)
     for name, derived in fmt.derived.items():
         _fill_derived(fmt, flat, name, derived.chunk)
     return flat.reshape(*shape, fmt.nbytes)
@@ -145,7 +159,7 @@ def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:
     one = next(f for f in fmt.layout_fields if f.name == name)
     fields = fmt.split(flat)
     codes = evaluate(fmt.code_expr(var("i", fmt.block)), {"i": np.arange(fmt.block)}, fields)
-    sums = codes.reshape(len(flat), -1, chunk).sum(axis=-1)
+    sums = codes.reshape(len(flat), fmt.block // chunk, chunk).sum(axis=-1)
     total = var("total", 1 << 31)
     value = fmt.derived[name].value(fmt.view, total - (1 << 30))
     columns = [

@@ -229,7 +229,7 @@ def scalar_steps(fmt: BlockFormat) -> ScalarSteps:
 @dataclass(frozen=True)
 class MemorySteps:
     """Like `Steps`, but every load is a fetch from a byte address, for walks in which a thread
-    follows a row: expressions in `g`, `j` and the addresses of `places`.
+    follows a row: expressions in `g`, `j` and the addresses of `places`, `values` in `element`.
 
     places   where the fields that are read begin; a walk declares them where a block begins
     bias, pure_offset   for an exact decode: scale * (code - bias) + pure_offset
@@ -258,11 +258,12 @@ def memory_steps(fmt: BlockFormat, layout: Layout) -> MemorySteps:
         return simplify(lower_to_memory(lower_to_words(simplify(expr)), found))
 
     if fmt.float_codes:
-        value = lower(fmt.value_expr(const(0, I32)))
+        at = const(0, I32) if fmt.block == 1 else var("element", fmt.block)
+        value = lower(fmt.value_expr(at))
         return MemorySteps(fmt, tuple(found.values()), None, None, None, False, value, 0, None, ())
     g = group_var(fmt)
     code = code_word(fmt)
-    scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
+    scale = lower(fmt.scale_expr(g))
     offset, codes = lower(fmt.total_offset_expr(g, code.bias)), lower(code.codes)
     read = {
         node.attr
