@@ -14,12 +14,13 @@ import numpy.typing as npt
 from kernelgen import targets as target_list
 from kernelgen.config import Config
 from kernelgen.errors import ShapeError, TargetError
-from kernelgen.generate import generate
+from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import MATVEC_ROWS, choose_precision, op_for
+from kernelgen.problem import MATVEC_ROWS
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.tensor import QuantTensor, quantize
+from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
     from kernelgen.gguf_files import Model
@@ -115,9 +116,11 @@ Runner = Callable[[Array, QuantTensor, Array], None]
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul_runner(target: str, fmt: BlockFormat, m: int, precision: str) -> Runner:
-    """The compiled kernel for M rows of activations, ready to be called.  The one look-up of a
-    warm call."""
+def _matmul_runner(
+    target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str
+) -> Runner:
+    """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
+    the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
     runtime = _runtime(target)
     reason = runtime.available()
     if reason is not None:
@@ -125,10 +128,8 @@ def _matmul_runner(target: str, fmt: BlockFormat, m: int, precision: str) -> Run
             f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
         )
     manifest = target_list.get(target)
-    chosen = choose_precision(precision, fmt)
-    op = op_for(m)
-    config = manifest.walk(op, fmt, chosen).config.default(runtime.capabilities(), m)
-    return runtime.matmul(generate(op, fmt, manifest, config, chosen))
+    choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k))
+    return runtime.matmul(generate_walk(choice.walk, fmt, manifest, choice.config))
 
 
 def matmul(
@@ -167,8 +168,9 @@ def matmul(
     direct = out is None or out.dtype == np.float32
     y = np.empty((m, n), np.float32) if out is None or not direct else _writable(out, shape, n, x)
     if m:
-        bucket = min(m, MATVEC_ROWS + 1)  # one kernel serves all that are more than a matvec
-        run = _matmul_runner(target or default_target(), w.format, bucket, precision)
+        # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
+        bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
+        run = _matmul_runner(target or default_target(), w.format, bucket, n, k, precision)
         run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
@@ -226,10 +228,10 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
     """
     name = target or default_target()
     runtime, manifest = _runtime(name), target_list.get(name)
-    precision = choose_precision("auto", w.format)
-    for op in ("matvec", "matmul"):
-        config = manifest.walk(op, w.format, precision).config.default(runtime.capabilities())
-        runtime.prepare(generate(op, w.format, manifest, config, precision), w)
+    *_, n, k = (1, *w.shape)
+    for m in (1, 16 * MATVEC_ROWS):  # a matvec and a matmul
+        choice = lookup.choose(manifest, runtime, w.format, "auto", (m, n, k))
+        runtime.prepare(generate_walk(choice.walk, w.format, manifest, choice.config), w)
     return w
 
 

@@ -21,7 +21,8 @@ class Capabilities:
 
     lanes      32-bit lanes of a vector register (1 where there are none)
     registers  vector registers
-    features   names of optional features that are there
+    features   names of optional features that are there, such as "subgroups" (sums over them),
+               "dot" (an instruction for four products of bytes), "fp16"
     max_threads   threads that a group may have
     shared_bytes  memory that the threads of a group share
     """
@@ -77,6 +78,22 @@ class Config:
         """Why this configuration cannot run on a device, or None."""
         return None
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Features of a device that this configuration cannot do without."""
+        return ()
+
+    @property
+    def rounding(self) -> float:
+        """How much it may be off, relative to the result's RMS, because of numbers that it keeps
+        with fewer bits; 0 where it keeps all."""
+        return 0.0
+
+    def lacks(self, caps: Capabilities) -> str | None:
+        """What of `features` a device does not have, as a reason, or None."""
+        missing = [one for one in self.features if one not in caps.features]
+        return f"the device lacks {', '.join(missing)}" if missing else None
+
     @classmethod
     def default(cls, caps: Capabilities, m: int = 0) -> Self:
         """A good guess for a device that was never tuned; `m`: rows of activations, if known."""
@@ -131,16 +148,27 @@ class ThreadsConfig(Config):
         """A group must fit the device."""
         if self.threads > caps.max_threads:
             return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
-        return None
+        return self.lacks(caps)
 
 
 @dataclass(frozen=True)
 class MatvecConfig(ThreadsConfig):
     """A group of threads shares the groups of `rows` rows of weights, for `columns` rows of
-    activations at once, and adds its sums up in shared memory."""
+    activations at once.
+
+    reduce    how the threads add their sums up: "shared": by halves, in shared memory;
+              "subgroup": by the device's own sum over a subgroup, of whatever size, and the few
+              that are left in shared memory
+    """
 
     rows: int = choice(4, 1, 2, 4, 8)
     columns: int = choice(1, 1, 2, 4, 8)
+    reduce: str = choice("shared", "shared", "subgroup")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Sums over subgroups."""
+        return ("subgroups",) if self.reduce == "subgroup" else ()
 
     def legal(self, caps: Capabilities) -> str | None:
         """The sums of all threads must fit shared memory."""
@@ -157,9 +185,30 @@ class MatvecConfig(ThreadsConfig):
 
 
 @dataclass(frozen=True)
+class DotMatvecConfig(MatvecConfig):
+    """The same in integers.
+
+    dot       four products of bytes: "plain": one by one; "packed": by an instruction
+    """
+
+    dot: str = choice("plain", "plain", "packed")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The instruction, besides."""
+        return super().features + (("dot",) if self.dot == "packed" else ())
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 1) -> Self:
+        """With the instruction where there is one."""
+        chosen = super().default(caps, m)
+        return dataclasses.replace(chosen, dot="packed" if "dot" in caps.features else "plain")
+
+
+@dataclass(frozen=True)
 class TileConfig(Config):
     """A group computes tile_m x tile_n results, each thread thread_m x thread_n of them, from
-    tiles of `depth` k in shared memory."""
+    tiles of 32 k in shared memory."""
 
     tile_m: int = choice(32, 16, 32, 64)
     tile_n: int = choice(32, 16, 32, 64, 128)
@@ -172,14 +221,71 @@ class TileConfig(Config):
         """Threads of a group."""
         return (self.tile_m // self.thread_m) * (self.tile_n // self.thread_n)
 
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory for a row of a tile, of either side."""
+        return 4 * 32
+
     def legal(self, caps: Capabilities) -> str | None:
         """Threads and tiles must fit the device."""
         if not 32 <= self.threads <= caps.max_threads:
             return f"{self.threads} threads in a group; 32..{caps.max_threads} are allowed"
-        needed = 4 * 36 * (self.tile_m + self.tile_n)
+        needed = self.row_bytes * (self.tile_m + self.tile_n)
         if needed > caps.shared_bytes:
             return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
-        return None
+        return self.lacks(caps)
+
+
+@dataclass(frozen=True)
+class FloatTileConfig(TileConfig):
+    """The same in floats.
+
+    tile_type  what the tiles hold: "f32", or "f16", which takes half the memory; sums are float32
+               in both.  Half precision has 11 bits, and no numbers above 65504: larger ones
+               become infinite.
+    """
+
+    tile_type: str = choice("f32", "f32", "f16")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Half precision in shared memory."""
+        return ("fp16",) if self.tile_type == "f16" else ()
+
+    @property
+    def rounding(self) -> float:
+        """Two factors that are off by 2**-12 or less each; errors of a sum average out."""
+        return 2e-3 if self.tile_type == "f16" else 0.0
+
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory for a row of a tile, of either side."""
+        return 2 * 32 if self.tile_type == "f16" else 4 * 32
+
+
+@dataclass(frozen=True)
+class DotTileConfig(TileConfig):
+    """The same in integers.
+
+    dot       four products of bytes: "plain": one by one; "packed": by an instruction
+    """
+
+    dot: str = choice("plain", "plain", "packed")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The instruction."""
+        return ("dot",) if self.dot == "packed" else ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Shared memory for a row of a tile: codes, scale and offset."""
+        return 32 + 8
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """With the instruction where there is one."""
+        return cls(dot="packed" if "dot" in caps.features else "plain")
 
 
 @dataclass(frozen=True)
@@ -214,57 +320,88 @@ class ProgramRowsConfig(ProgramConfig):
 @dataclass(frozen=True)
 class ProgramMatvecConfig(ProgramConfig):
     """A program takes `rows` rows of weights, `depth` elements of each at once, for `columns` rows
-    of activations.
-
-    dot    int8 only: "products": multiply and add; "dp4a": an instruction for four products
-    """
+    of activations."""
 
     rows: int = choice(4, 1, 2, 4, 8, 16)
     columns: int = choice(1, 1, 2, 4, 8)
     depth: int = choice(512, 128, 256, 512, 1024, 2048)
-    dot: str = choice("products", "products", "dp4a")
 
     def legal(self, caps: Capabilities) -> str | None:
-        """The device must have the instruction, and registers for all sums."""
-        if self.dot == "dp4a" and "dp4a" not in caps.features:
-            return "the device has no instruction dp4a"
+        """All sums must fit the registers."""
         sums = self.rows * self.columns * self.depth // (32 * self.warps)
         if sums > 128:
             return f"{sums} sums in each thread; 128 fit the registers"
-        return None
+        return self.lacks(caps)
 
     @classmethod
     def default(cls, caps: Capabilities, m: int = 1) -> Self:
-        """As many columns as there are rows of activations, at most 8, with as many sums."""
+        """As many columns as there are rows of activations, at most 8, and about as many sums.
+        Where kernels are interpreted, many rows: each operation costs the same, whatever its size.
+        """
         columns = next(c for c in (1, 2, 4, 8) if c >= min(m or 1, 8))
+        if "interpreted" in caps.features:
+            return cls(columns=columns, rows=16 if columns < 4 else 4)
         return cls(columns=columns, rows=4 if columns < 4 else 2)
+
+
+@dataclass(frozen=True)
+class ProgramDotMatvecConfig(ProgramMatvecConfig):
+    """The same in integers.
+
+    dot    four products of bytes: "plain": one by one; "packed": by an instruction
+    """
+
+    dot: str = choice("plain", "plain", "packed")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The instruction."""
+        return ("dot",) if self.dot == "packed" else ()
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 1) -> Self:
+        """With the instruction where there is one."""
+        chosen = super().default(caps, m)
+        return dataclasses.replace(chosen, dot="packed" if "dot" in caps.features else "plain")
 
 
 @dataclass(frozen=True)
 class ProgramTileConfig(ProgramConfig):
     """A program computes tile_m x tile_n results from tiles of about `depth` elements of each row.
 
-    dot    how float32 is multiplied: "ieee", or on matrix units in three parts of fewer bits
+    dot    how float32 is multiplied: "ieee": as such; "tf32x3": on matrix units, in parts of fewer
+           bits that together keep all; "f16": on matrix units, rounded to half precision, which
+           has 11 bits, and no numbers above 65504: larger ones become infinite.  Sums are float32.
     """
 
     tile_m: int = choice(64, 16, 32, 64, 128)
     tile_n: int = choice(64, 16, 32, 64, 128)
     depth: int = choice(32, 16, 32, 64, 128)
-    dot: str = choice("ieee", "ieee", "tf32x3")
+    dot: str = choice("ieee", "ieee", "tf32x3", "f16")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Matrix units that multiply parts of float32."""
+        return ("tf32x3",) if self.dot == "tf32x3" else ()
+
+    @property
+    def rounding(self) -> float:
+        """Two factors that are off by 2**-12 or less each; errors of a sum average out."""
+        return 2e-3 if self.dot == "f16" else 0.0
 
     def legal(self, caps: Capabilities) -> str | None:
-        """Tiles must fit shared memory, and "tf32x3" the device."""
-        if self.dot != "ieee" and self.dot not in caps.features:
-            return f"the device does not multiply as {self.dot}"
-        needed = 4 * self.depth * (self.tile_n + self.tile_m * max(1, self.stages - 1))
+        """Tiles must fit shared memory."""
+        size = 2 if self.dot == "f16" else 4
+        needed = self.depth * (size * self.tile_n + 4 * self.tile_m * max(1, self.stages - 1))
         if needed > caps.shared_bytes:
             return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
-        return None
+        return self.lacks(caps)
 
 
 @dataclass(frozen=True)
-class ProgramIntegerTileConfig(ProgramConfig):
-    """A program computes tile_m x tile_n results, at most `depth` elements of a group at once.
+class ProgramDotTileConfig(ProgramConfig):
+    """A program computes tile_m x tile_n results in integers, from at most `depth` elements of a
+    group at once.
 
     unroll    whether the groups of a block are written out, each with its own constants
     """
@@ -272,4 +409,4 @@ class ProgramIntegerTileConfig(ProgramConfig):
     tile_m: int = choice(64, 16, 32, 64, 128)
     tile_n: int = choice(64, 16, 32, 64, 128)
     depth: int = choice(32, 32, 64, 128)
-    unroll: bool = choice(True, True, False)
+    unroll: bool = choice(False, False, True)

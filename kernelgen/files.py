@@ -54,7 +54,7 @@ def contents(target: Target, made: list[Kernel]) -> dict[str, str]:
 
 def _manifest(target: Target, made: list[Kernel]) -> str:
     entries = [_entry(k, target) for k in made]
-    data = {"target": target.name, "how": target.how, "kernels": entries}
+    data = {"target": target.name, "kernels": entries}
     return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
 
@@ -68,10 +68,16 @@ def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
         "file": file_name(kernel, target), "entry": kernel.entry,
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
         "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
-        "features": list(kernel.walk.features),
+        "features": _features(kernel, target),
         "needs": {op: k.entry for op, k in kernel.needs.items()},
-        "tolerance": tolerance(kernel.op), "notes": list(kernel.notes),
+        "tolerance": tolerance(kernel.op, kernel.config), "notes": list(kernel.notes),
     }  # fmt: skip
+
+
+def _features(kernel: Kernel, target: Target) -> list[str]:
+    """What a host must look for on the device, in the words of the target's API."""
+    names = (target.feature_names.get(one, one) for one in kernel.features)
+    return [name for name in names if name]
 
 
 def _launch(kernel: Kernel) -> dict[str, Any] | None:

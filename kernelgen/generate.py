@@ -99,6 +99,7 @@ def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kern
         "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
         "op": one.op, "precision": one.precision, "arguments": one.arguments, "halves": _halves,
+        "features": one.features + config.features, "contract": one.contract,
         "title": _title(one, fmt), "config_text": _config_text(config), **target.globals,
     }  # fmt: skip
     template = environment(target).get_template(one.template)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernelgen.config import Config
 from kernelgen.errors import ConfigError
 from kernelgen.ir.block import BlockFormat
 
@@ -58,13 +59,15 @@ def relative_error(got: Array, reference: Array) -> float:
     return largest / rms if rms else largest
 
 
-def tolerance(op: str) -> float:
-    """Largest `relative_error` that a kernel of this op may have against the reference on the
-    same inputs.
+def tolerance(op: str, config: Config | None = None) -> float:
+    """Largest `relative_error` that a kernel of this op, in this configuration, may have against
+    the reference on the same inputs.
 
     Decoding is a few exact or singly rounded operations.  Activations are quantized with a
     division that GPUs may round by 2.5 units in the last place, times up to 127 steps.  A sum of
     K products in float32, in pieces of a block or more, is off by a few times 2^-24 * sqrt(K):
-    1e-5 leaves room up to K of a hundred thousand.
+    1e-5 leaves room up to K of a hundred thousand.  What a configuration rounds besides, it says
+    itself.
     """
-    return {"dequantize": 1e-6, "get_rows": 1e-6, "quantize": 1e-4, "prepare": 0.0}.get(op, 1e-5)
+    ops = {"dequantize": 1e-6, "get_rows": 1e-6, "quantize": 1e-4, "prepare": 0.0}
+    return max(ops.get(op, 1e-5), 0.0 if config is None else config.rounding)

@@ -107,7 +107,7 @@ def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: 
     errors: list[float] = []
     added = own = None
     problem = None
-    bound = tolerance(one.op)
+    bound = tolerance(one.op, config)
     try:
         kernel = generate(one.op, fmt, target, config, one.precision)
         errors = [check(kernel, runtime, m, n, k) for m, n, k in cases(one.op, fmt)]
@@ -120,7 +120,7 @@ def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: 
     except KernelgenError as error:
         problem = str(error)
     return Result(
-        target.name, one.op, fmt.name, one.precision, target.how, config.as_dict(), len(errors),
+        target.name, one.op, fmt.name, one.precision, runtime.how(), config.as_dict(), len(errors),
         max(errors, default=float("inf")), bound, added, own, problem,
     )  # fmt: skip
 
@@ -143,7 +143,8 @@ def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
         w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
         ids = np.random.default_rng(m).integers(0, n, m)
         return relative_error(runtime.get_rows(kernel, w, ids), w.dequantize()[ids])
-    x = activations(m, k)
+    # numbers that are kept with fewer bits have a smaller range, too
+    x = activations(m, k, extremes=not kernel.config.rounding)
     if kernel.op == "quantize":
         return quantization_error(runtime.quantize(kernel, x), x, fmt)
     w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k))
@@ -182,7 +183,7 @@ def int8_errors(kernel: Kernel, runtime: Runtime) -> tuple[float, float]:
     """
     fmt = kernel.format
     m = 4 if kernel.op == "matvec" else 16
-    n, k = 64, max(1024, fmt.block)
+    n, k = 64, -(-1024 // fmt.block) * fmt.block
     exact = _normal(n, k, 7)
     w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k, exact))
     x = _normal(m, k, 8)
@@ -199,11 +200,12 @@ def _normal(rows: int, k: int, seed: int) -> Array:
     return np.random.default_rng(seed).standard_normal((rows, k), np.float32)
 
 
-def activations(m: int, k: int) -> Array:
-    """Rows of activations, float32 (M, K): normal, and from the second on one of zeros, one of
-    large and one of small numbers."""
+def activations(m: int, k: int, extremes: bool = True) -> Array:
+    """Rows of activations, float32 (M, K): normal, and from the second on one of zeros and, as
+    `extremes`, one of large and one of small numbers."""
     x = _normal(m, k, m + k)
-    for row, factor in ((1, 0.0), (2, 1e4), (3, 1e-6)):
+    factors = ((1, 0.0), (2, 1e4), (3, 1e-6)) if extremes else ((1, 0.0),)
+    for row, factor in factors:
         if row < m:
             x[row] *= np.float32(factor)
     return x

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from kernelgen import __version__
-from kernelgen.cli import building, catalogue, checking, tensors
+from kernelgen.cli import building, catalogue, checking, tensors, tuning
 from kernelgen.cli.terminal import complain
 from kernelgen.errors import KernelgenError
 
@@ -82,6 +82,7 @@ for _name, _command in (
     ("inspect", tensors.inspect),
 ):
     app.command(_name)(_command)
+tuning.register(app)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class Cell:
     reason: str | None
 
 
-def _cell(target: Target, op: str, fmt: BlockFormat, unavailable: str | None) -> Cell:
+def _cell(target: Target, op: str, fmt: BlockFormat, how: str, unavailable: str | None) -> Cell:
     walks = [walk for walk in target.walks if walk.op == op]
     refusals = {walk.name: walk.applies(fmt) for walk in walks}
     offers = list(dict.fromkeys(w.precision for w in walks if refusals[w.name] is None))
@@ -62,7 +62,7 @@ def _cell(target: Target, op: str, fmt: BlockFormat, unavailable: str | None) ->
     if not offers:
         reason = next(filter(None, refusals.values()), "it has no walk for this op")
     return Cell(
-        target.name, op, fmt.name, target.how if reason is None else "none",
+        target.name, op, fmt.name, how if reason is None else "none",
         tuple(filter(None, offers)), tuple(dict.fromkeys(notes)), reason,
     )  # fmt: skip
 
@@ -74,8 +74,10 @@ def list_kernels(
     formats = pick_formats(format)
     result: list[Cell] = []
     for one in pick_targets(target):
-        unavailable = one.runtime().available()
-        cells = [_cell(one, op, fmt, unavailable) for fmt in formats for op in OPS]
+        runtime = one.reach()
+        unavailable = runtime.available()
+        how = "none" if unavailable else runtime.how()
+        cells = [_cell(one, op, fmt, how, unavailable) for fmt in formats for op in OPS]
         result += cells
         if not as_json:
             _print_cells(one, formats, cells, unavailable)
@@ -125,7 +127,7 @@ def devices(as_json: AsJson = False) -> None:
             {
                 "target": target.name,
                 "description": target.description,
-                "how": target.how,
+                "how": "none" if reason else runtime.how(),
                 "available": reason is None,
                 "reason": reason,
                 "variants": {name: target.runtime(name).available() for name in target.variants},
@@ -136,9 +138,7 @@ def devices(as_json: AsJson = False) -> None:
         print_json(found)
         return
     for one in found:
-        print(
-            f"{one['target']}: {one['how'] if one['available'] else 'none'}, {one['description']}"
-        )
+        print(f"{one['target']}: {one['how']}, {one['description']}")
         if one["reason"]:
             print(f"  {one['reason']}")
         for device in one["devices"]:

@@ -32,12 +32,12 @@ from kernelgen.cli.terminal import (
 )
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.problem import PRECISIONS, choose_precision
-from kernelgen.targets.base import Runtime, Target
+from kernelgen.targets.base import EMULATED, Runtime, Target
 from kernelgen.verify import Result
 
 #: widths of the columns of `verify`, whose rows are printed as they come
 _COLUMNS = {
-    "target": 8, "format": 10, "op": 11, "precision": 11, "error": 10, "allowed": 10,
+    "target": 8, "how": 10, "format": 10, "op": 11, "precision": 11, "error": 10, "allowed": 10,
     "int8 adds": 11, "format has": 12,
 }  # fmt: skip
 
@@ -47,6 +47,10 @@ def verify(
     format: FormatNames = None,
     op: OpNames = None,
     isa: Variant = "",
+    emulate: Annotated[
+        bool,
+        typer.Option("--emulate", help="Run in the emulator, also where the device is there."),
+    ] = False,
     all_configs: Annotated[
         bool, typer.Option("--all-configs", help="Every legal configuration, not only the default.")
     ] = False,
@@ -54,7 +58,7 @@ def verify(
 ) -> None:
     """Run kernels against the numpy reference; exit with 1 if any is wrong."""
     formats, ops = pick_formats(format), pick_ops(op, verifier.OPS)
-    runtimes = list(_runtimes(target, isa))
+    runtimes = list(_runtimes(target, EMULATED if emulate else isa))
     out = console(stderr=as_json)
     results: list[Result] = []
     if not as_json:
@@ -89,7 +93,7 @@ def _runtimes(names: Names, variant: str) -> Iterator[tuple[Target, Runtime]]:
     left out, and said to be."""
     some = False
     for one in pick_targets(names, variant):
-        runtime = one.runtime(variant)
+        runtime = one.reach(variant)
         reason = runtime.available()
         if reason is None:
             some = True
@@ -106,7 +110,7 @@ def _row(result: Result, with_config: bool) -> Text:
     """A result as a line of the table, its problem behind it."""
     added, own = result.added, result.own
     cells = (
-        result.target, result.format, result.op, result.precision,
+        result.target, result.how, result.format, result.op, result.precision,
         f"{result.error:.2g}" if result.cases else "", f"{result.bound:.2g}",
         "" if added is None else f"{added:.2g}", "" if own is None else f"{own:.2g}",
     )  # fmt: skip

@@ -7,7 +7,9 @@ A target is a folder with `__init__.py` (a frozen `Target`), `dialect.py` (words
 from __future__ import annotations
 
 import importlib
+import math
 import re
+import struct
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,11 +32,16 @@ from kernelgen.ir.expr import (
     U32,
     Expr,
     walk,
+    where,
 )
 from kernelgen.ir.ops import Activations
+from kernelgen.ir.ranges import interval
 from kernelgen.ir.steps import scalar_steps
 
 Array = npt.NDArray[Any]
+
+#: the variant of a target that runs its kernels without their device
+EMULATED = "emulated"
 
 #: ops and precisions, in the order in which they are listed
 OPS = ("dequantize", "get_rows", "quantize", "matvec", "matmul", "prepare")
@@ -85,7 +92,7 @@ class Walk:
     config     what it leaves open
     arguments  of the entry point
     symbols    what the shapes' names mean that are not size arguments, in words of the sizes
-    features   of the device that it cannot do without
+    features   of the device that it cannot do without, in any configuration
     applies    why a format cannot take this walk, or None
     contract   whether a*b + c may be rounded once (the result must not be bit-exact)
     steps      what its template gets as `steps`: a format's expressions, by the loop they belong in
@@ -142,6 +149,11 @@ class Kernel:
         return self.walk.arguments
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """Features of the device that it cannot do without."""
+        return self.walk.features + self.config.features
+
+    @property
     def contract(self) -> bool:
         """Whether the compiler may round a*b + c once."""
         return self.walk.contract
@@ -186,6 +198,10 @@ class Runtime(Protocol):
 
     def available(self) -> str | None:
         """Why kernels cannot run here, or None."""
+        ...
+
+    def how(self) -> str:
+        """What results here are worth: "run" on what the kernels are for, or "emulated"."""
         ...
 
     def capabilities(self) -> Capabilities:
@@ -237,8 +253,10 @@ class Dialect:
     blend      the same where it differs between lanes
     min, max   of {a} {b}
     shift      what a signed amount of a shift is wrapped in, where the language wants that
+    constant.special   of the bits {x} of an f32 that is not finite
 
-    operators  by operator, where its sign is not Python's
+    operators  by operator, where its sign is not Python's; a language in which // is / rounds
+               integers to zero
     printer    a kind of `Printer`, for languages that need more than words
     """
 
@@ -267,8 +285,9 @@ class Target:
     reserved       names that a format's fields must not have in its source
     prefix         what names of entry points begin with
     templates      folders of templates that it shares with others, beside its own
-    how            what its results are worth: "run", "emulated", "compiled"
     variants       that its runtime can be asked for, such as instruction sets; often none
+    feature_names  what a host must look for on a device, by feature of `Capabilities`, where the
+                   API calls it something else; "" where every device has it
     """
 
     name: str
@@ -280,11 +299,19 @@ class Target:
     indexes: tuple[tuple[str, str], ...] = ()
     support_files: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    how: str = "run"
     globals: Mapping[str, Any] = field(default_factory=dict)
     reserved: frozenset[str] = frozenset()
     prefix: str = "kernelgen_"
     variants: tuple[str, ...] = ()
+    feature_names: Mapping[str, str] = field(default_factory=dict)
+
+    def reach(self, variant: str = "") -> Runtime:
+        """`runtime`, or the emulator where the device that it wants is not here."""
+        wanted = self.runtime(variant)
+        if variant or EMULATED not in self.variants or wanted.available() is None:
+            return wanted
+        emulator = self.runtime(EMULATED)
+        return wanted if emulator.available() else emulator
 
     def runtime(self, variant: str = "") -> Runtime:
         """The target's driver side, imported now, for one of `variants`; by default the best."""
@@ -379,6 +406,10 @@ class Printer:
         raise TargetError(f"{op} cannot be printed")
 
     def _constant(self, expr: Expr) -> str:
+        special = self._dialect.words.get("constant.special")
+        if expr.dtype is F32 and special and not math.isfinite(expr.attr):
+            bits = struct.unpack("<I", struct.pack("<f", expr.attr))[0]
+            return special.format(x=self._dialect.word("constant.u32").format(x=hex(bits)))
         if expr.dtype is F32:
             return self._dialect.word("constant.f32").format(x=repr(float(expr.attr)))
         if expr.dtype is U32:
@@ -395,6 +426,9 @@ class Printer:
             text, inner = self._print(expr.args[0])
             return f"-{text if inner > level else f'({text})'}", level
         left, right = expr.args
+        rounds_to_zero = self._dialect.operators.get("//") == "/"
+        if op in ("//", "%") and rounds_to_zero and interval(left)[0] < 0:
+            return self._print(_floored(expr))
         # the opposite of -2**31 is no i32
         if op == "+" and right.op == "const" and -(2**31) < right.attr < 0:
             op, right = "-", Expr("const", right.dtype, attr=-right.attr)
@@ -411,6 +445,20 @@ class Printer:
             bracketed = loose or chained or (mixed and inner != ATOM)
             sides.append(f"({text})" if bracketed else text)
         return f"{sides[0]} {self._dialect.operators.get(op, op)} {sides[1]}", level
+
+
+def _floored(expr: Expr) -> Expr:
+    """x // c or x % c, which round down, in operations that agree where division rounds to zero."""
+    x, by = expr.args
+    if by.op == "const" and by.attr > 0 and by.attr & (by.attr - 1) == 0:
+        if expr.op == "%":
+            return x & (by.attr - 1)
+        return x >> (by.attr.bit_length() - 1)
+    # the masks change nothing in the branch that is taken, and say that there is no sign
+    above, below = x & 0x7FFFFFFF, (-1 - x) & 0x7FFFFFFF
+    quotient = Expr("//", I32, (above, by)), -1 - Expr("//", I32, (below, by))
+    floor = where(x < 0, quotient[1], quotient[0])
+    return floor if expr.op == "//" else x - floor * by
 
 
 def varies(expr: Expr) -> bool:

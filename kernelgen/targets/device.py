@@ -6,14 +6,14 @@ A target brings a `Driver`: buffers, programs, launches.  What an op needs of th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import TargetError
+from kernelgen.errors import CompileError, TargetError
 from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.base import Array, Kernel, Weights, check_rows
@@ -100,6 +100,10 @@ class DeviceRuntime:
         self._launchers: dict[Kernel, Launcher] = {}
         self._lock = threading.RLock()
 
+    def how(self) -> str:
+        """What results here are worth."""
+        return "run"
+
     def driver(self) -> Driver:
         """The device; opened on first use."""
         raise NotImplementedError
@@ -134,30 +138,38 @@ class DeviceRuntime:
         k, driver = w.shape[-1], self.driver()
         row_bytes = w.format.row_bytes(k)
         rows = w.data.reshape(-1, row_bytes)
-        step = driver.largest // row_bytes
+        pieces = []
+        for start, stop in self._windows(len(rows), row_bytes):
+            part = rows[start:stop]
+            packed = part if layout.name == "native" else layout.pack(part, w.format, k)
+            pieces.append(Piece(start, stop, driver.upload(packed)))
+        return pieces
+
+    def _windows(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of which each fits a buffer."""
+        largest = self.driver().largest
+        step = largest // row_bytes
         if not step:
             raise TargetError(
                 f"a row of {row_bytes} bytes does not fit a buffer of target {self.name}, which"
-                f" holds {driver.largest} bytes; use another target"
+                f" holds {largest} bytes; use another target"
             )
-        pieces = []
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            packed = part if layout.name == "native" else layout.pack(part, w.format, k)
-            pieces.append(Piece(start, start + len(part), driver.upload(packed)))
-        return pieces
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
 
     def dequantize(self, kernel: Kernel, w: Weights) -> Array:
         """Values of w, float32, of its shape."""
         y = np.empty(w.shape, np.float32)
-        k = w.shape[-1]
+        k, driver = w.shape[-1], self.driver()
         flat = y.reshape(-1, k)
         for piece in self.prepare(kernel, w):
-            part = flat[piece.start : piece.stop]
-            out = self.driver().empty(part.nbytes)
-            sizes = {"N": len(part), "K": k}
-            self.launcher(kernel)({"w": piece.buffer, "y": out}, sizes)
-            self.driver().download(out, part)
+            n = piece.stop - piece.start
+            for start, stop in self._windows(n, 4 * k):
+                part = flat[piece.start + start : piece.start + stop]
+                out = driver.empty(part.nbytes)
+                sizes = {"START": start, "ROWS": stop - start, "N": n, "K": k}
+                self.launcher(kernel)({"w": piece.buffer, "y": out}, sizes)
+                driver.download(out, part)
         return y
 
     def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
@@ -165,20 +177,22 @@ class DeviceRuntime:
         n, k = w.shape
         check_rows(ids, n)
         y = np.empty((len(ids), k), np.float32)
-        driver = self.driver()
         for piece in self.prepare(kernel, w):
             here = np.flatnonzero((piece.start <= ids) & (ids < piece.stop))
-            if not here.size:
-                continue
-            part = np.empty((len(here), k), np.float32)
-            local = (ids[here] - piece.start).astype(np.uint32)
-            buffers = {
-                "w": piece.buffer, "ids": driver.upload(local), "y": driver.empty(part.nbytes)
-            }  # fmt: skip
-            sizes = {"ROWS": len(here), "N": piece.stop - piece.start, "K": k}
-            self.launcher(kernel)(buffers, sizes)
-            driver.download(buffers["y"], part)
-            y[here] = part
+            for start, stop in self._windows(len(here), 4 * k):
+                y[here[start:stop]] = self._rows(kernel, piece, ids[here[start:stop]], k)
+        return y
+
+    def _rows(self, kernel: Kernel, piece: Piece, ids: Array, k: int) -> Array:
+        driver = self.driver()
+        y = np.empty((len(ids), k), np.float32)
+        buffers = {
+            "w": piece.buffer, "ids": driver.upload((ids - piece.start).astype(np.uint32)),
+            "y": driver.empty(y.nbytes),
+        }  # fmt: skip
+        sizes = {"ROWS": len(ids), "N": piece.stop - piece.start, "K": k}
+        self.launcher(kernel)(buffers, sizes)
+        driver.download(buffers["y"], y)
         return y
 
     def quantize(self, kernel: Kernel, x: Array) -> Activations:
@@ -190,9 +204,10 @@ class DeviceRuntime:
         q = np.empty((m, k), np.int8)
         scale = np.empty((m, k // fmt.block), np.float32)
         sums = np.empty((m, k // fmt.group), np.float32)
-        buffers = self._quantized(kernel, driver.upload(x), m, k)
-        for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
-            driver.download(buffers[name], array)
+        for start, stop in self._windows(m, 4 * k):
+            buffers = self._quantized(kernel, driver.upload(x[start:stop]), stop - start, k)
+            for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
+                driver.download(buffers[name], array[start:stop])
         return Activations(q, scale, sums)
 
     def _quantized(self, kernel: Kernel, x: Buffer, m: int, k: int) -> dict[str, Buffer]:
@@ -209,26 +224,42 @@ class DeviceRuntime:
         launcher, driver = self.launcher(kernel), self.driver()
         quantize = kernel.needs.get("quantize")
 
+        def launch(x: Array, piece: Piece, buffers: Mapping[str, Buffer]) -> Buffer:
+            (m, k), n = x.shape, piece.stop - piece.start
+            out = driver.empty(4 * m * n)
+            launcher({**buffers, "w": piece.buffer, "y": out}, {"M": m, "N": n, "K": k})
+            return out
+
         def run(x: Array, w: Weights, y: Array) -> None:
-            (m, k), n = x.shape, w.shape[0]
             if y.size == 0:
                 return
             pieces = self.prepare(kernel, w)
-            buffers = {"x": driver.upload(x)}
-            if quantize is not None:
-                buffers = self._quantized(quantize, buffers["x"], m, k)
-            outs = []
-            for piece in pieces:
-                rows = piece.stop - piece.start
-                out = driver.empty(4 * m * rows)
-                launcher(buffers | {"w": piece.buffer, "y": out}, {"M": m, "N": rows, "K": k})
-                outs.append(out)
-            if len(pieces) == 1:
-                driver.download(outs[0], y)
-                return
-            for piece, out in zip(pieces, outs, strict=True):
-                part = np.empty((m, piece.stop - piece.start), np.float32)
-                driver.download(out, part)
-                y[:, piece.start : piece.stop] = part
+            widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
+            for start, stop in self._windows(len(x), 4 * widest):
+                rows, part = x[start:stop], y[start:stop]
+                buffers = {"x": driver.upload(rows)}
+                if quantize is not None:
+                    buffers = self._quantized(quantize, buffers["x"], *rows.shape)
+                outs = [launch(rows, piece, buffers) for piece in pieces]
+                if len(pieces) == 1:
+                    driver.download(outs[0], part)
+                    continue
+                for piece, out in zip(pieces, outs, strict=True):
+                    columns = np.empty((len(rows), piece.stop - piece.start), np.float32)
+                    driver.download(out, columns)
+                    part[:, piece.start : piece.stop] = columns
 
         return run
+
+
+def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> CompileError:
+    """The error for a driver that does not take a kernel: what it says, and the line of source
+    that it says it about."""
+    text = " ".join(message.split()) or "the driver does not say why"
+    lines = kernel.source.splitlines()
+    if line is not None and 0 < line <= len(lines):
+        text += f" at line {line}: {lines[line - 1].strip()}"
+    return CompileError(
+        f"{who} rejected {kernel.op} {kernel.format.name}"
+        f" ({', '.join(f'{k}={v}' for k, v in kernel.config.as_dict().items())}): {text}"
+    )

@@ -10,7 +10,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from kernelgen.config import Config, MatvecConfig, ThreadsConfig, TileConfig
+from kernelgen.config import (
+    Config,
+    DotMatvecConfig,
+    DotTileConfig,
+    FloatTileConfig,
+    MatvecConfig,
+    ThreadsConfig,
+    TileConfig,
+)
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import MemorySteps, memory_steps
@@ -19,7 +27,7 @@ from kernelgen.targets.base import Argument, Launch, Walk
 #: folder of the shared templates
 TEMPLATES = "simt"
 
-#: rows of a grid's second dimension; more are done in a loop
+#: groups along a dimension of a grid; what more there is, they do in a loop
 MOST_GROUPS = 65535
 
 
@@ -29,15 +37,17 @@ class Words(Protocol):
     def constant(self, name: str, value: int) -> str:
         """A u32 known when the kernel is compiled."""
 
-    def table(self, name: str, values: tuple[int, ...]) -> str:
-        """A table of signed bytes, known when the kernel is compiled."""
+    def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
+        """A table of numbers of `table_type(values)`, known when the kernel is compiled."""
 
     def kernel(
         self, entry: str, arguments: tuple[Argument, ...], threads: int,
-        shared: Mapping[str, tuple[str, int]],
+        shared: Mapping[str, tuple[str, int]], features: tuple[str, ...],
     ) -> str:  # fmt: skip
         """The head of a kernel, up to its opening brace, with arrays in shared memory (name ->
-        type, count); `thread`, `group_x`, `group_y`, `groups_y` are u32 values after it."""
+        type, count); `thread`, `group_x`, `group_y`, `groups_x`, `groups_y` are u32 values after
+        it.  With the feature "subgroups" so are `subgroup`, a number below `subgroups`, and
+        `lane`, which is 0 in one thread of each."""
 
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
@@ -53,6 +63,13 @@ class Words(Protocol):
 
     def barrier(self) -> str:
         """All threads of a group meet, and see each other's shared memory."""
+
+
+def table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
+    """The type of a table's values: "f32", "i8" where they fit, else "i32"."""
+    if any(isinstance(v, float) for v in values):
+        return "f32"
+    return "i8" if -128 <= min(values) and max(values) <= 127 else "i32"
 
 
 _SIZES = ("M", "N", "K")
@@ -93,23 +110,21 @@ def _tile_launch(config: Config, fmt: BlockFormat) -> Launch:
 
 def _matvec_launch(config: Config, fmt: BlockFormat) -> Launch:
     assert isinstance(config, MatvecConfig)
-    return Launch((f"-(-N // {config.rows})", f"-(-M // {config.columns})"), config.threads)
+    groups = f"min(-(-N // {config.rows}), {MOST_GROUPS})"
+    return Launch((groups, f"-(-M // {config.columns})"), config.threads)
 
 
-def _rows_launch(rows: str) -> Any:
-    def launch(config: Config, fmt: BlockFormat) -> Launch:
-        assert isinstance(config, ThreadsConfig)
-        items = 1 if fmt.float_codes else 4
-        return Launch(
-            (f"-(-K // {items * config.threads})", f"min({rows}, {MOST_GROUPS})"), config.threads
-        )
-
-    return launch
+def _rows_launch(config: Config, fmt: BlockFormat) -> Launch:
+    assert isinstance(config, ThreadsConfig)
+    items = 1 if fmt.float_codes else 4
+    groups = (f"-(-K // {items * config.threads})", f"min(ROWS, {MOST_GROUPS})")
+    return Launch(groups, config.threads)
 
 
 def _quantize_launch(config: Config, fmt: BlockFormat) -> Launch:
     assert isinstance(config, ThreadsConfig)
-    return Launch((f"-(-M * (K // {fmt.block}) // {config.threads})", "1"), config.threads)
+    groups = f"min(-(-M * (K // {fmt.block}) // {config.threads}), {MOST_GROUPS})"
+    return Launch((groups, "1"), config.threads)
 
 
 def _matmul(op: str, precision: str, template: str, config: type[Config], launch: Any) -> Walk:
@@ -149,15 +164,16 @@ def walks() -> tuple[Walk, ...]:
             arguments=(
                 _W,
                 *((Argument("ids", "in", "u32", ("ROWS",)),) if op == "get_rows" else ()),
-                Argument("y", "out", "f32", (rows, "K")),
-                *_sizes(*(("ROWS",) if op == "get_rows" else ()), "N", "K"),
+                Argument("y", "out", "f32", ("ROWS", "K")),
+                # of all N rows, decode ROWS from START on, as a result may have to come in pieces
+                *_sizes(*(("START",) if op == "dequantize" else ()), "ROWS", "N", "K"),
             ),
             symbols=_SYMBOLS,
             contract=False,
             steps=_steps,
-            launch=_rows_launch(rows),
+            launch=_rows_launch,
         )
-        for op, rows in (("dequantize", "N"), ("get_rows", "ROWS"))
+        for op in ("dequantize", "get_rows")
     ]
     result.append(
         Walk(
@@ -180,25 +196,47 @@ def walks() -> tuple[Walk, ...]:
             launch=_quantize_launch,
         )
     )
-    for precision in ("int8", "fp32"):
-        result.append(_matmul("matvec", precision, "matvec.j2", MatvecConfig, _matvec_launch))
-        result.append(
-            _matmul("matmul", precision, f"matmul_{precision}.j2", TileConfig, _tile_launch)
-        )
+    configs = (("int8", DotMatvecConfig, DotTileConfig), ("fp32", MatvecConfig, FloatTileConfig))
+    for precision, vector, tile in configs:
+        result.append(_matmul("matvec", precision, "matvec.j2", vector, _matvec_launch))
+        result.append(_matmul("matmul", precision, f"matmul_{precision}.j2", tile, _tile_launch))
     return tuple(result)
 
 
 #: names that the templates use; a format's field of that name gets an underscore
 RESERVED = frozenset(
-    "ACT BLOCK COLUMNS DEPTH GROUP K M N ROWS STEP THREADS THREAD_M THREAD_N TILE_M TILE_N WORDS"
-    " acc at block blocks bits byte c code codes column d dot element factor g group_x group_y"
-    " groups_y i ids index item j k k0 l largest m magnitude n offset part place q r row row0 m0"
-    " rounded s scale sum swap t thread top total u value values w word ws wo wt x xd xq xs xt y"
-    " xdt xst xqt wq first second".split()
+    "ACT BLOCK COLUMNS DEPTH GROUP ITEMS K M N ROWS START STEP THREADS THREAD_M THREAD_N TILE_M"
+    " TILE_N WORDS acc at block blocks bits byte c code codes column d dot element factor finite"
+    " first first_m first_n from_half g group group_x group_y groups_x groups_y half i ids index"
+    " item j k k0 l lane largest m m0 magnitude n offset part place q q0 q1 q2 q3 r rounded row"
+    " row0 s scale second sum subgroup subgroup_sum subgroups swap t thread to_half top total u"
+    " value value0 value1 value2 value3 values w wo word wq ws wt x xd xdt xq xqt xs xst xt"
+    " y".split()
 )
+
+
+def byte(word: str, lane: int, signed: bool) -> str:
+    """Byte `lane` of a u32 as an i32."""
+    if signed:
+        shifted = f"{word} << {24 - 8 * lane}u" if lane < 3 else word
+        return f"(i32({shifted}) >> 24u)"
+    shifted = f"({word} >> {8 * lane}u)" if lane else word
+    return f"i32({shifted} & 255u)"
+
+
+def narrow(value: str, dtype: str) -> str:
+    """An f32 as a number of the type that an array in shared memory has."""
+    return f"to_half({value})" if dtype == "f16" else value
+
+
+def wide(value: str, dtype: str) -> str:
+    """The inverse of `narrow`."""
+    return f"from_half({value})" if dtype == "f16" else value
 
 
 def template_globals(words: Words) -> dict[str, Any]:
     """What the templates may call, beside the printer."""
     names = ("constant", "table", "kernel", "let", "var", "array", "repeat", "barrier")
-    return {name: getattr(words, name) for name in names} | {"chunk": chunk}
+    return {name: getattr(words, name) for name in names} | {
+        "byte": byte, "chunk": chunk, "narrow": narrow, "wide": wide,
+    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -76,7 +75,6 @@ def described(about: Mapping[str, Any]) -> Device:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
 def of(target: Target, runtime: Runtime) -> Device:
     """The fingerprint of the device that a runtime runs kernels on: the first it describes."""
     about = runtime.describe()

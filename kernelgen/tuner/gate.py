@@ -104,7 +104,7 @@ def judge(
     The bound is what the op may lose by rounding sums in float32 (kernelgen.problem.tolerance);
     `max_error` bounds the RMS error besides, and counts what quantized activations add.
     """
-    bound = tolerance(kernel.op)
+    bound = tolerance(kernel.op, kernel.config)
     worst = rms = 0.0
     for one in (*_ragged(kernel), sample):
         m, n = len(one.x), one.w.shape[0]

@@ -101,7 +101,7 @@ def search(
             if unlike is None or far is None:
                 continue
             same = mine == entry.key.device
-            rule = (PRESET if shipped else FAMILY if not same else NEAREST if far else EXACT)
+            rule = PRESET if shipped else FAMILY if not same else NEAREST if far else EXACT
             order = (EXACT, NEAREST, FAMILY, PRESET).index(rule)
             asked = entry.key.precision != problem.precision
             ranked.append(((order, unlike, far, asked, _later(entry)), rule, entry, far))
@@ -154,7 +154,8 @@ def choose(
     shape: tuple[int, int, int],
 ) -> Choice:
     """What serves a problem.  Raises TuningError on a miss where KERNELGEN_REQUIRE_TUNED is set."""
-    return choose_for(target, runtime, Problem(fmt, *shape, precision))
+    m, n, k = shape
+    return choose_for(target, runtime, Problem(fmt, m, max(n, 1), k, precision))
 
 
 def choose_for(target: Target, runtime: Runtime, problem: Problem) -> Choice:
@@ -179,8 +180,9 @@ def choose_for(target: Target, runtime: Runtime, problem: Problem) -> Choice:
 
 
 def _open(target: Target, caps: Capabilities, problem: Problem) -> bool:
-    """Whether there is anything to choose."""
-    return len(space.explore(target, caps, problem).legal) > 1
+    """Whether a walk leaves anything open: the reference has two, and nothing to tune."""
+    legal = space.explore(target, caps, problem).legal
+    return len(legal) > len({one.walk.name for one in legal})
 
 
 def _why(found: Found) -> str:

@@ -55,8 +55,16 @@ class Outcome:
 
     @property
     def ratio(self) -> float | None:
-        """Its time in units of that of what it was timed with."""
-        return self.seconds / statistics.median(self.against) if self.against else None
+        """Its time in units of that of what it was timed with: the median over turns, so that a
+        machine that changes its pace between turns changes little here."""
+        pairs = list(zip(self.samples, self.against, strict=False))
+        return statistics.median(a / b for a, b in pairs) if pairs else None
+
+    @property
+    def faster(self) -> float:
+        """The share of turns in which it was the faster one."""
+        pairs = list(zip(self.samples, self.against, strict=False))
+        return sum(a < b for a, b in pairs) / len(pairs) if pairs else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -25,7 +25,7 @@ def make(name: str, seed: int) -> Any:
 
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     samplers = optuna.samplers
-    makers = {
+    makers: dict[str, Any] = {
         "tpe": lambda: samplers.TPESampler(
             seed=seed, n_startup_trials=_STARTUP, multivariate=True, group=True
         ),

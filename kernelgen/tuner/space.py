@@ -44,9 +44,7 @@ class Problem:
     def __post_init__(self) -> None:
         choose_precision(self.precision, self.fmt)
         if min(self.m, self.n, self.k) < 1:
-            raise ShapeError(
-                f"shape {self.m}x{self.n}x{self.k} was given; M, N and K are above 0"
-            )
+            raise ShapeError(f"shape {self.m}x{self.n}x{self.k} was given; M, N and K are above 0")
         self.fmt.row_bytes(self.k)
 
     @property
@@ -119,6 +117,9 @@ def refusal(candidate: Candidate, caps: Capabilities) -> str | None:
     lacking = [f for f in candidate.walk.features if f not in caps.features]
     if lacking:
         return f"the device lacks {', '.join(lacking)}"
+    if candidate.config.rounding:
+        # no precision stands for it yet, and "auto" must not lose what larger numbers need
+        return "it keeps numbers with fewer bits than was asked for"
     return candidate.config.legal(caps)
 
 

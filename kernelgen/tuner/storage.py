@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import json
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from kernelgen.tuner import cache, samplers
+from kernelgen.tuner.device import Device
 from kernelgen.tuner.measure import FAILED, OK, Outcome
 
 #: user attributes of trials
@@ -33,15 +36,9 @@ class Trials:
         self._optuna = optuna
         self._shared = bool(storage)
         self._mine: set[int] = set()
-        place = _open(storage)
-        if not self._shared and not resume and storage is not None:
-            resume = True  # memory: there is nothing to forget
-        if not self._shared and not resume:
-            with contextlib.suppress(KeyError):
-                optuna.delete_study(study_name=name, storage=place)
         self._study = optuna.create_study(
-            study_name=name, storage=place, load_if_exists=True, direction="minimize",
-            sampler=samplers.make(sampler, seed),
+            study_name=name, storage=_open(name, storage, resume), load_if_exists=True,
+            direction="minimize", sampler=samplers.make(sampler, seed),
         )  # fmt: skip
         if not self._shared:
             for trial in self._running():  # left by a study that was killed
@@ -72,23 +69,11 @@ class Trials:
 
     def enqueue(self, parameters: Mapping[str, Any]) -> None:
         """Ask for these next."""
-        self._study.enqueue_trial(dict(parameters), skip_if_exists=True)
+        self._study.enqueue_trial(dict(parameters))
 
     def ask(self) -> Any:
         """The next trial."""
         return self._study.ask()
-
-    def fixed(self, parameters: Mapping[str, Any]) -> Any:
-        """A trial of these parameters, before all that wait."""
-        optuna = self._optuna
-        trial = self._study.ask(
-            {
-                name: optuna.distributions.CategoricalDistribution([value])
-                for name, value in ()
-            }
-        )
-        del parameters
-        return trial
 
     def start(self, trial: Any, candidate: str) -> None:
         """Say what a trial is about to measure."""
@@ -122,23 +107,47 @@ class Trials:
         self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
 
 
-def _open(storage: str | None) -> Any:
+def _open(name: str, storage: str | None, resume: bool) -> Any:
     import optuna
 
     if storage == "":
         return optuna.storages.InMemoryStorage()
     if storage is None:
-        place = cache.root() / "studies"
-        place.mkdir(parents=True, exist_ok=True)
-        return _journal(str(place / "journal.log"))
+        return _journal(str(_own_file(name, resume)))
     if storage.endswith(".log"):
         return _journal(storage)
     if "://" not in storage or storage.startswith("sqlite"):
         url = storage if "://" in storage else f"sqlite:///{storage}"
         return optuna.storages.RDBStorage(url)
-    return optuna.storages.RDBStorage(
-        storage, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE
-    )
+    return optuna.storages.RDBStorage(storage, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+
+
+def _own_file(name: str, resume: bool) -> Path:
+    """A file of its own for each study, so that none grows for ever and none meets another; to
+    resume is to go on with the last."""
+    place = cache.root() / "studies"
+    place.mkdir(parents=True, exist_ok=True)
+    short = name[:150]
+    earlier = sorted(place.glob(f"{glob.escape(short)}-*.log"))
+    if resume and earlier:
+        return earlier[-1]
+    return place / f"{short}-{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
+
+
+def fastest(of: Device, measured: float | None) -> float | None:
+    """The most bytes that were ever read from a device's memory in a second, this time included: a
+    busy machine is slower, and a roofline that is too low would end studies early."""
+    path = cache.root() / "bandwidth.json"
+    with cache.locked(path):
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            before = float(known.get(of.digest, 0.0))
+        except (OSError, ValueError, TypeError, AttributeError):
+            known, before = {}, 0.0
+        if measured is None or measured <= before:
+            return before or None
+        cache.rewrite(path, [json.dumps({**known, of.digest: measured})])
+        return measured
 
 
 def _journal(path: str) -> Any:

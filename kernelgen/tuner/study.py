@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import platform
 import random
 import time
@@ -21,7 +22,8 @@ from kernelgen.tuner.cache import Entry, Key
 from kernelgen.tuner.measure import FAILED, OK, PRUNED, Measurer, Outcome
 from kernelgen.tuner.replay import Recorder
 from kernelgen.tuner.space import Candidate, Problem
-from kernelgen.tuner.storage import Trials
+from kernelgen.tuner.storage import Trials, fastest
+from kernelgen.tuner.worker import from_memory
 
 #: budgets in seconds by name
 EFFORTS = {"quick": 10.0, "normal": 60.0, "full": 600.0}
@@ -32,9 +34,14 @@ _FINALISTS = 3
 
 #: a winner must be so much faster than the default
 _WORTH = 0.99
+#: in more than this share of the turns
+_USUALLY = 0.6
 
 #: so close to the roofline there is nothing to find
 _NEAR_ROOFLINE = 1.03
+
+#: trials that give nothing new, after which the study picks itself
+_CIRCLES = 12
 
 #: a candidate may take so many seconds before it is killed, at least and at most
 _PATIENCE = (2.0, 30.0)
@@ -208,13 +215,14 @@ class Study:
         for text, outcome in self._trials.known():
             if text in self._space.by_id:
                 self._note(self._space.by_id[text], outcome)
-        wide = self._measurer.bandwidth()
-        if wide:
-            self.report.roofline = problem.n * problem.fmt.row_bytes(problem.k) / wide
+        nbytes = problem.n * problem.fmt.row_bytes(problem.k)
+        if from_memory(nbytes):
+            wide = fastest(self.report.device, self._measurer.bandwidth())
+            self.report.roofline = nbytes / wide if wide else None
         default = self.report.default
         if default.id not in self._done:
             self._measurer.compile([default], _PATIENCE[1])
-            self._try(default, self._trials.fixed(self._codec.parameters(default)))
+            self._try(default, self._trial_of(default), patience=_PATIENCE[1])
         first = self._done[default.id]
         if first.status != FAILED:
             self.report.default_seconds = first.seconds
@@ -254,7 +262,7 @@ class Study:
     def _search(self) -> None:
         most = self.options.trials
         while not self._over():
-            batch = []
+            batch: list[tuple[Any, Candidate]] = []
             for _ in range(self.options.batch if most is None else 1):
                 picked = self._ask({one.id for _, one in batch})
                 if picked is not None:
@@ -282,9 +290,12 @@ class Study:
             report.stopped = "the budget is spent"
         elif most is not None and len(self._done) >= most:
             report.stopped = f"{most} candidates were tried"
-        elif self._best is not None and report.roofline:
-            if self._values[self._best.id] <= report.roofline * _NEAR_ROOFLINE:
-                report.stopped = "the roofline is reached"
+        elif (
+            self._best is not None
+            and report.roofline
+            and self._values[self._best.id] <= report.roofline * _NEAR_ROOFLINE
+        ):
+            report.stopped = "the roofline is reached"
         return bool(report.stopped)
 
     def _ask(self, taken: set[str]) -> tuple[Any, Candidate] | None:
@@ -294,26 +305,40 @@ class Study:
         if not rest:
             return None
         greedy = self.options.sampler == "greedy" and self._best is not None
-        for _ in range(0 if greedy else 12):
+        for attempt in itertools.count():
+            # after a while: the sampler goes in circles, as it does where little is left
+            if greedy or attempt >= _CIRCLES:
+                one = self._codec.pick(self._best, rest, self._rng)
+                self._trials.enqueue(self._codec.parameters(one))
             trial = self._trials.ask()
-            one = self._codec.suggest(trial)
-            if one is None:
+            picked = self._codec.suggest(trial)
+            if picked is None:
                 self._trials.skip(trial, "not legal")
-            elif one.id in taken:
-                self._trials.repeat(trial, self._done.get(one.id), self._values.get(one.id))
+            elif picked.id in taken:
+                known = self._done.get(picked.id)
+                self._trials.repeat(trial, known, self._values.get(picked.id))
             else:
-                self._trials.start(trial, one.id)
-                return trial, one
-        # the sampler goes in circles, as it does where little is left
-        one = self._codec.pick(self._best, rest, self._rng)
-        trial = self._trials.fixed(self._codec.parameters(one))
-        self._trials.start(trial, one.id)
-        return trial, one
+                self._trials.start(trial, picked.id)
+                return trial, picked
+            if attempt > 2 * _CIRCLES and time.perf_counter() > self._end:
+                break
+        return None
 
-    def _try(self, one: Candidate, trial: Any) -> None:
+    def _trial_of(self, one: Candidate) -> Any:
+        """A trial of this very candidate."""
+        self._trials.enqueue(self._codec.parameters(one))
+        while True:
+            trial = self._trials.ask()
+            picked = self._codec.suggest(trial)
+            if picked is not None and picked.id == one.id:
+                self._trials.start(trial, one.id)
+                return trial
+            self._trials.skip(trial, "left from before")
+
+    def _try(self, one: Candidate, trial: Any, patience: float | None = None) -> None:
         self._say(str(one))
         # beyond the budget nothing is waited for, and what did not end says nothing
-        left = max(0.3, self._end - time.perf_counter())
+        left = patience or max(0.3, self._end - time.perf_counter())
         outcome = self._measurer.measure(
             one, self._best, seconds=self._slice, limit=min(self._patience, left),
             max_error=self.options.max_error,
@@ -366,7 +391,7 @@ class Study:
         ranked = [one for one in self._ranked() if one.id != default.id][:_FINALISTS]
         if report.default_seconds is None or not ranked:
             return
-        results: list[tuple[float, float, float, Candidate]] = []
+        results: list[tuple[float, Outcome, Candidate]] = []
         for place, one in enumerate(ranked):
             left = self._end - time.perf_counter()
             if place and left < 0.2:
@@ -374,20 +399,23 @@ class Study:
             self._say(f"final: {one}")
             share = max(0.15, left / (len(ranked) - place) * 0.7)
             outcome = self._measurer.measure(
-                one, default, seconds=share, limit=max(share + self._patience, 1.0),
-                max_error=self.options.max_error, prune=False,
-            )  # fmt: skip
+                one,
+                default,
+                seconds=share,
+                limit=max(share + self._patience, 1.0),
+                max_error=self.options.max_error,
+                prune=False,
+            )
             if outcome.status == OK and outcome.ratio is not None:
-                before = outcome.seconds / outcome.ratio
-                results.append((outcome.ratio, outcome.seconds, before, one))
+                results.append((outcome.ratio, outcome, one))
         if not results:
             return
-        ratio, seconds, before, winner = min(results, key=lambda one: one[0])
-        report.default_seconds = before
-        if ratio < _WORTH:
-            self._best, report.seconds, report.ratio = winner, seconds, 1 / ratio
+        ratio, outcome, winner = min(results, key=lambda one: one[0])
+        report.default_seconds = outcome.seconds / ratio
+        if ratio < _WORTH and outcome.faster > _USUALLY:
+            self._best, report.seconds, report.ratio = winner, outcome.seconds, 1 / ratio
         else:
-            self._best, report.seconds, report.ratio = default, before, 1.0
+            self._best, report.seconds, report.ratio = default, report.default_seconds, 1.0
 
     def _entry(self) -> Entry:
         import optuna

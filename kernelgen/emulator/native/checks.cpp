@@ -24,6 +24,7 @@ struct Cell {
     Access write, read[2];
     uint32_t copy_line;   // of a copy that has not arrived, else 0
     uint32_t copy_thread;
+    bool hidden;          // the compiler's own: whether a variable has been constructed
 };
 
 constexpr uint32_t kLineBit = 0x80000000;
@@ -54,6 +55,9 @@ void shadow_begin_block() {
                                                 PROT_READ | PROT_WRITE,
                                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (shadow.cells == MAP_FAILED) emu_fail("crash", 0, "no memory for the record of accesses");
+        for (uint64_t i = 0; i < world.launch->hidden_count; i++)
+            if (world.launch->hidden[i] < shadow.statics)
+                shadow.cells[world.launch->hidden[i]].hidden = true;
         shadow.clock.assign(world.threads, 1);
         shadow.seen.assign(size_t(world.threads) * world.threads, 0);
         shadow.seen_epoch.assign(world.threads, 0);
@@ -126,6 +130,7 @@ static void check_bytes(size_t first, size_t bytes, int how, Where where) {
     bool told = false;
     for (size_t i = first; i < first + bytes; i++) {
         Cell &cell = shadow.cells[i];
+        if (cell.hidden) return;
         bool written = current(cell.write) || !shadow.known_start;
         if (!told && how != EMU_WRITE && !written) {
             told = true;

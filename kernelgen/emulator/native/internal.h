@@ -82,6 +82,8 @@ struct Launch {
     Pointer *pointers;
     void **args;
     Finding *findings;
+    const uint32_t *hidden; // offsets of static bytes that are the compiler's, not the kernel's
+    uint64_t hidden_count;
     uint32_t finding_count, max_findings, atomics, pointer_count;
     char error[256];
 };

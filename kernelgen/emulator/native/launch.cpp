@@ -430,3 +430,13 @@ extern "C" int emu_launch(Launch *launch) {
 extern "C" uint64_t emu_struct_bytes(int which) {
     return which == 0 ? sizeof(Launch) : which == 1 ? sizeof(Buffer) : sizeof(Finding);
 }
+
+// The kinds and sizes of a kernel's arguments, as the function of that name writes them.
+extern "C" int emu_describe(const char *path, const char *symbol, char *text, char *error) {
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    auto describe = library ? reinterpret_cast<void (*)(char *)>(dlsym(library, symbol)) : nullptr;
+    if (describe) describe(text);
+    else snprintf(error, 256, "%s", dlerror());
+    if (library) dlclose(library);
+    return describe ? 0 : 1;
+}

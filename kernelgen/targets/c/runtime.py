@@ -146,6 +146,10 @@ class CRuntime:
             return f"this CPU lacks {', '.join(sorted(missing))}, which {self.isa.name} needs"
         return None
 
+    def how(self) -> str:
+        """What results here are worth."""
+        return "run"
+
     def capabilities(self) -> Capabilities:
         """Lanes and registers of the instruction set."""
         return self.isa.capabilities

@@ -44,7 +44,7 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_GROUPS UNROLL
 #else
-#define UNROLL _Pragma("GCC unroll 64")
+#define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_GROUPS  // a tenth faster, and twenty times as long to compile
 #endif
 #define INLINE static inline __attribute__((always_inline, unused))
@@ -63,7 +63,6 @@
 
 INLINE uint16_t load_u16(const void *p) { uint16_t x; memcpy(&x, p, 2); return x; }
 INLINE uint32_t load_u32(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
-INLINE float load_f32(const void *p) { float x; memcpy(&x, p, 4); return x; }
 INLINE float bits_to_f32(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 INLINE uint32_t f32_to_bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
 
@@ -77,6 +76,19 @@ INLINE float f16_to_f32(uint16_t h) {
     const uint32_t exponent = h & 0x7C00;
     const uint32_t bits = exponent == 0 ? subnormal : exponent == 0x7C00 ? infinite : normal;
     return bits_to_f32(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Element `index` of a field: `field` points at the field's first byte.
+INLINE int32_t u16_at(const uint8_t *field, ptrdiff_t index) { return load_u16(field + 2 * index); }
+INLINE int32_t i16_at(const uint8_t *field, ptrdiff_t index) {
+    return (int16_t)load_u16(field + 2 * index);
+}
+INLINE uint32_t u32_at(const uint8_t *field, ptrdiff_t index) { return load_u32(field + 4 * index); }
+INLINE float f16_at(const uint8_t *field, ptrdiff_t index) {
+    return f16_to_f32(load_u16(field + 2 * index));
+}
+INLINE float f32_at(const uint8_t *field, ptrdiff_t index) {
+    return bits_to_f32(load_u32(field + 4 * index));
 }
 
 // ---- LANES rows -----------------------------------------------------------------------------

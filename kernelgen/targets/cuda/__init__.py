@@ -26,5 +26,6 @@ TARGET = Target(
     capabilities=Capabilities(max_threads=1024, shared_bytes=49152, features=frozenset({"dot"})),
     templates=(simt.TEMPLATES,),
     globals=simt.template_globals(CudaWords()) | {"words": "words.cu"},
+    variants=("emulated",),
     reserved=simt.RESERVED | _KEYWORDS,
 )

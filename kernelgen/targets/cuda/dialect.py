@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernelgen.targets.base import Argument, Dialect
+from kernelgen.targets.simt import table_type
 
 MEMORY = Dialect(
     {
@@ -52,7 +53,10 @@ MEMORY = Dialect(
     operators={"//": "/"},
 )
 
-_TYPES = {"f32": "float", "u32": "unsigned int", "i32": "int", "u8": "unsigned char"}
+_TYPES = {
+    "f32": "float", "u32": "unsigned int", "i32": "int",
+    "u8": "unsigned char", "i8": "signed char",
+}  # fmt: skip
 
 
 class CudaWords:
@@ -62,10 +66,10 @@ class CudaWords:
         """A u32 known when the kernel is compiled."""
         return f"#define {name} {value}u"
 
-    def table(self, name: str, values: tuple[int, ...]) -> str:
-        """A table of signed bytes."""
-        listed = ", ".join(map(str, values))
-        return f"__constant__ signed char {name}[{len(values)}] = {{{listed}}};"
+    def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
+        """A table in constant memory."""
+        dtype, listed = _TYPES[table_type(values)], ", ".join(map(str, values))
+        return f"__constant__ {dtype} {name}[{len(values)}] = {{{listed}}};"
 
     def kernel(
         self,
@@ -73,6 +77,7 @@ class CudaWords:
         arguments: tuple[Argument, ...],
         threads: int,
         shared: Mapping[str, tuple[str, int]],
+        features: tuple[str, ...],
     ) -> str:
         """The head of a kernel."""
         parameters = []
@@ -90,7 +95,8 @@ class CudaWords:
                 for name, (t, count) in shared.items()
             ),
             "    const unsigned int thread = threadIdx.x, group_x = blockIdx.x;",
-            "    const unsigned int group_y = blockIdx.y, groups_y = gridDim.y;",
+            "    const unsigned int group_y = blockIdx.y;",
+            "    const unsigned int groups_x = gridDim.x, groups_y = gridDim.y;",
         ]
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.emulated import EmulatedRuntime
 
 
 class CupyDriver:
@@ -128,6 +129,9 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def runtime(variant: str = "") -> CudaRuntime:
-    """The runtime of the current CUDA device."""
+def runtime(variant: str = "") -> DeviceRuntime:
+    """The runtime of the current CUDA device, or of the emulator (variant "emulated")."""
+    if variant == "emulated":
+        caps = Capabilities(max_threads=1024, shared_bytes=49152, features=frozenset({"dot"}))
+        return EmulatedRuntime("cuda", "cuda", caps)
     return CudaRuntime()

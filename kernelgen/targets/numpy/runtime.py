@@ -27,6 +27,10 @@ class NumpyRuntime:
         """None: kernelgen itself needs numpy."""
         return None
 
+    def how(self) -> str:
+        """What results here are worth."""
+        return "run"
+
     def capabilities(self) -> Capabilities:
         """Nothing that a configuration could count on."""
         return Capabilities()

@@ -24,4 +24,7 @@ TARGET = Target(
     templates=(simt.TEMPLATES,),
     globals=simt.template_globals(OpenCLWords()) | {"words": "words.cl"},
     reserved=simt.RESERVED | _KEYWORDS,
+    feature_names={
+        "fp16": "", "subgroups": "cl_khr_subgroups", "dot": "cl_khr_integer_dot_product",
+    },  # fmt: skip
 )

@@ -5,22 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernelgen.targets.base import Argument, Dialect
+from kernelgen.targets.simt import table_type
 
 MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
+        "constant.special": "as_float({x})",
         "select": "({condition} ? {a} : {b})",
         "blend": "({condition} ? {a} : {b})",
         "cast.i32>f32": "f32({x})",
         "cast.u32>f32": "f32({x})",
         "cast.i32>u32": "u32({x})",
         "cast.u32>i32": "i32({x})",
+        "cast.f32>i32": "i32({x})",
+        "cast.f32>u32": "u32({x})",
+        "cast.bool>i32": "i32({x})",
+        "cast.bool>u32": "u32({x})",
+        "cast.bool>f32": "f32({x})",
         "bitcast.i32>f32": "as_float({x})",
         "bitcast.u32>f32": "as_float({x})",
+        "bitcast.f32>i32": "as_int({x})",
         "bitcast.f32>u32": "as_uint({x})",
         "bitcast.i32>u32": "as_uint({x})",
         "bitcast.u32>i32": "as_int({x})",
+        "min": "min({a}, {b})",
+        "max": "max({a}, {b})",
+        "call.abs": "fabs({x})",
+        **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf")},
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
@@ -42,7 +54,10 @@ MEMORY = Dialect(
     operators={"//": "/"},
 )
 
-_TYPES = {"f32": "float", "u32": "uint", "i32": "int", "u8": "uchar", "i8": "char"}
+#: half precision is kept as bits: see words.cl
+_TYPES = {
+    "f32": "float", "f16": "ushort", "u32": "uint", "i32": "int", "u8": "uchar", "i8": "char",
+}  # fmt: skip
 
 
 class OpenCLWords:
@@ -52,9 +67,10 @@ class OpenCLWords:
         """A u32 known when the kernel is compiled."""
         return f"#define {name} {value}u"
 
-    def table(self, name: str, values: tuple[int, ...]) -> str:
-        """A table of signed bytes."""
-        return f"__constant char {name}[{len(values)}] = {{{', '.join(map(str, values))}}};"
+    def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
+        """A table in constant memory."""
+        listed = ", ".join(map(repr, values)).replace("inf", "INFINITY").replace("nan", "NAN")
+        return f"__constant {_TYPES[table_type(values)]} {name}[{len(values)}] = {{{listed}}};"
 
     def kernel(
         self,
@@ -62,6 +78,7 @@ class OpenCLWords:
         arguments: tuple[Argument, ...],
         threads: int,
         shared: Mapping[str, tuple[str, int]],
+        features: tuple[str, ...],
     ) -> str:
         """The head of a kernel."""
         parameters = []
@@ -76,8 +93,14 @@ class OpenCLWords:
             f"void {entry}({', '.join(parameters)}) {{",
             *(f"    __local {_TYPES[t]} {name}[{count}];" for name, (t, count) in shared.items()),
             "    const uint thread = get_local_id(0), group_x = get_group_id(0);",
-            "    const uint group_y = get_group_id(1), groups_y = get_num_groups(1);",
+            "    const uint group_y = get_group_id(1);",
+            "    const uint groups_x = get_num_groups(0), groups_y = get_num_groups(1);",
         ]
+        if "subgroups" in features:
+            lines += [
+                "    const uint lane = get_sub_group_local_id();",
+                "    const uint subgroup = get_sub_group_id(), subgroups = get_num_sub_groups();",
+            ]
         return "\n".join(lines)
 
     def let(self, dtype: str, name: str, value: str) -> str:

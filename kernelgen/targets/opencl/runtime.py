@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import CompileError, TargetError
+from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
 
 
 class OpenCLDriver:
@@ -48,15 +49,19 @@ class OpenCLDriver:
 
     def program(self, kernel: Kernel) -> Any:
         """The kernel, compiled by the device's driver, which keeps its own cache."""
-        options = ["-cl-std=CL1.2"]
         try:
-            built = self._cl.Program(self._context, kernel.source).build(options)
+            built = self._cl.Program(self._context, kernel.source).build([self._standard(kernel)])
         except self._cl.Error as error:
-            raise CompileError(
-                f"{self._device.name} rejected {kernel.op} {kernel.format.name}:"
-                f" {_with_source(str(error), kernel.source)}"
-            ) from error
+            message, line = _complaint(str(error))
+            raise rejected(self._device.name.strip(), kernel, message, line) from error
         return built
+
+    def _standard(self, kernel: Kernel) -> str:
+        """The oldest version of the language that has what the kernel needs."""
+        if not kernel.features:
+            return "-cl-std=CL1.2"
+        newest = re.match(r"OpenCL (\d+)", self._device.version)
+        return "-cl-std=CL3.0" if newest and int(newest[1]) >= 3 else "-cl-std=CL2.0"
 
     def launch(
         self,
@@ -74,15 +79,18 @@ class OpenCLDriver:
         )
 
 
-def _with_source(message: str, source: str) -> str:
-    """The driver's message, with the line of source behind the first line number in it."""
-    import re
-
-    lines = source.splitlines()
-    found = re.search(r":(\d+):\d+: error", message)
-    if found and 0 < int(found[1]) <= len(lines):
-        return f"{message.strip()} at line {found[1]}: {lines[int(found[1]) - 1].strip()}"
-    return message.strip()
+def _complaint(log: str) -> tuple[str, int | None]:
+    """The first error in a driver's log, without the names of temporary files, and its line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    found = [
+        (line, at)
+        for line in lines
+        if "warning" not in line.lower() and (at := re.search(r":(\d+):\d+", line))
+    ]
+    # a line that says "error" is one, but not every compiler says so
+    for line, at in sorted(found, key=lambda pair: "error" not in pair[0].lower()):
+        return re.sub(r"^[: ]*(<Spelling=[^>]*>: )?", "", line[at.end() :]), int(at[1])
+    return " ".join(lines), None
 
 
 class OpenCLRuntime(DeviceRuntime):
@@ -105,7 +113,10 @@ class OpenCLRuntime(DeviceRuntime):
         if isinstance(found, str):
             raise TargetError(found)
         return Capabilities(
-            max_threads=int(found.max_work_group_size), shared_bytes=int(found.local_mem_size)
+            max_threads=int(found.max_work_group_size),
+            shared_bytes=int(found.local_mem_size),
+            # every device keeps half precision in memory
+            features=frozenset({"fp16"} | {f for f, on in _features(found).items() if on}),
         )
 
     def describe(self) -> list[dict[str, Any]]:
@@ -119,12 +130,32 @@ class OpenCLRuntime(DeviceRuntime):
                 "max_threads": d.max_work_group_size,
                 "shared_bytes": d.local_mem_size,
                 "largest_buffer": d.max_mem_alloc_size,
-                "fp16": "cl_khr_fp16" in d.extensions,
-                "subgroups": "cl_khr_subgroups" in d.extensions,
-                "dot": "cl_khr_integer_dot_product" in d.extensions,
+                "fp16_arithmetic": "cl_khr_fp16" in d.extensions,
+                **_features(d),
+                "threads_multiple": _threads_multiple(d),
             }
             for d in _devices()
         ]
+
+
+def _features(device: Any) -> dict[str, bool]:
+    """Which features of `Capabilities` are extensions that a device has."""
+    known = device.extensions.split()
+    names = {"subgroups": "cl_khr_subgroups", "dot": "cl_khr_integer_dot_product"}
+    return {feature: name in known for feature, name in names.items()}
+
+
+def _threads_multiple(device: Any) -> int | None:
+    """What the threads of a group are best a multiple of: a subgroup, where there are any."""
+    import pyopencl as cl
+
+    try:
+        source = "__kernel void nothing(__global int *x) { x[get_global_id(0)] = 0; }"
+        built = cl.Program(cl.Context([device]), source).build()
+        wanted = cl.kernel_work_group_info.PREFERRED_WORK_GROUP_SIZE_MULTIPLE
+        return int(built.nothing.get_work_group_info(wanted, device))
+    except cl.Error:  # a device that compiles nothing is listed all the same
+        return None
 
 
 def _devices() -> list[Any]:

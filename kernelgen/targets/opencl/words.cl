@@ -1,4 +1,14 @@
 // Words of kernelgen in OpenCL C 1.2.
+%% if not contract
+#pragma OPENCL FP_CONTRACT OFF
+%% endif
+%% if "subgroups" in features
+#pragma OPENCL EXTENSION cl_khr_subgroups : enable
+#define subgroup_sum(x) sub_group_reduce_add(x)
+%% endif
+%% if "dot" in features
+#pragma OPENCL EXTENSION cl_khr_integer_dot_product : enable
+%% endif
 #define i32(x) ((int)(x))
 #define u32(x) ((uint)(x))
 #define f32(x) ((float)(x))
@@ -8,21 +18,34 @@
 
 typedef __global const uchar *bytes;
 
+// Half precision as 16 bits: every device can convert it, also one that cannot calculate in it.
+// The conversions are of memory; characters may lie where another type is read or written.
+inline float from_half(uint x) {
+    uchar halves[2] __attribute__((aligned(2))) = {x & 255, x >> 8};
+    return vload_half(0, (const half *)halves);
+}
+inline ushort to_half(float x) {
+    uchar halves[2] __attribute__((aligned(2)));
+    vstore_half_rte(x, 0, (half *)halves);
+    return halves[0] | halves[1] << 8;
+}
+
 inline uint u16_bytes(bytes p) { return p[0] | (uint)p[1] << 8; }
 inline uint u16_aligned(bytes p) { return *(__global const ushort *)p; }
 inline uint u32_bytes(bytes p) { return as_uint(vload4(0, p)); }
 inline uint u32_halves(bytes p) { return as_uint(vload2(0, (__global const ushort *)p)); }
 inline uint u32_aligned(bytes p) { return *(__global const uint *)p; }
 inline float f16_aligned(bytes p) { return vload_half(0, (__global const half *)p); }
-inline float f16_bytes(bytes p) {
-    const ushort x = u16_bytes(p);
-    return vload_half(0, (const half *)&x);
-}
+inline float f16_bytes(bytes p) { return from_half(u16_bytes(p)); }
 
 // Four products of signed bytes, added to a sum.
 inline int dot4(uint a, uint b, int sum) {
+%% if "dot" in features
+    return sum + dot_4x8packed_ss_int(a, b);
+%% else
     const int4 products = convert_int4(as_char4(a)) * convert_int4(as_char4(b));
     return sum + products.s0 + products.s1 + products.s2 + products.s3;
+%% endif
 }
 
 // Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.

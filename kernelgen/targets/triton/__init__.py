@@ -9,12 +9,14 @@ from kernelgen.config import (
     Config,
     ProgramBlocksConfig,
     ProgramConfig,
-    ProgramIntegerTileConfig,
+    ProgramDotMatvecConfig,
+    ProgramDotTileConfig,
     ProgramMatvecConfig,
     ProgramRowsConfig,
     ProgramTileConfig,
 )
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
 from kernelgen.targets.base import Argument, Launch, Target, Walk, statement
 from kernelgen.targets.triton.dialect import TENSORS, UNROLLED
@@ -68,12 +70,12 @@ def items_of(config: ProgramBlocksConfig, fmt: BlockFormat) -> int:
     return max(1, config.elements // (padded(fmt.group) * padded(fmt.groups)))
 
 
-def depth_of(config: ProgramIntegerTileConfig, fmt: BlockFormat) -> int:
+def depth_of(config: ProgramDotTileConfig, fmt: BlockFormat) -> int:
     """Elements of a group that are multiplied at once; matrix units take 16 or more."""
     return min(config.depth, max(16, padded(fmt.group)))
 
 
-def unrolls(config: ProgramIntegerTileConfig, fmt: BlockFormat) -> bool:
+def unrolls(config: ProgramDotTileConfig, fmt: BlockFormat) -> bool:
     """Whether the groups of a block are unrolled; where there is one, there is no loop."""
     return fmt.groups == 1 or (config.unroll and fmt.groups <= MOST_UNROLLED)
 
@@ -102,13 +104,52 @@ def _unbiased(bias: int) -> str:
 
 
 def _whole_offset(steps: TensorSteps) -> str:
-    """What is added to scale * code for each element of a group, bias included."""
+    """What is added to scale * code for each element of a group, bias included, as a factor."""
     biased = f"{-steps.bias}.0"
     if steps.scale is not None:
         biased = f"scale * {biased}"
     if steps.offset is None:
         return biased
-    return f"{biased} + offset" if steps.bias else "offset"
+    return f"({biased} + offset)" if steps.bias else "offset"
+
+
+def _bracketed(text: str) -> str:
+    """A sum as an operand of another, or of a product."""
+    return f"({text})" if " + " in text else text
+
+
+def _factor(text: str) -> str:
+    """A product as a factor: its numbers are multiplied first, by one thread."""
+    return text if text.isidentifier() else f"({text})"
+
+
+def _sum_of(*terms: str) -> str:
+    """Terms that are not zero, added."""
+    some = " + ".join(t for t in terms if t != "0")
+    return f"({some})" if " + " in some else some or "0"
+
+
+def _counts_rows(steps: TensorSteps) -> bool:
+    """Whether a field's place depends on the number of rows."""
+    return any(
+        n.op == "var" and n.attr[0] == "count" for p in steps.pointers for n in walk(p.begin)
+    )
+
+
+def _bare(text: str) -> str:
+    """Without the brackets around the whole."""
+    return text[1:-1] if text.startswith("(") and text.endswith(")") else text
+
+
+def _dense(steps: TensorSteps) -> bool:
+    """Whether the codes have all axes: they differ, or could, from word to word of any group."""
+    seen = {n.attr[0] for e in _used(steps) for n in walk(e) if n.op == "var"}
+    return {"j"} | ({"g"} if steps.fmt.groups > 1 else set()) <= seen
+
+
+def _used(steps: TensorSteps) -> tuple[Expr, ...]:
+    codes = () if steps.codes is None else (steps.codes,)
+    return (*codes, *(word for _, word in steps.words))
 
 
 def _prose(text: str) -> str:
@@ -128,7 +169,7 @@ def _integer_codes(fmt: BlockFormat) -> str | None:
 
 def _steps(fmt: BlockFormat, config: Config) -> TensorSteps:
     assert isinstance(config, ProgramConfig)
-    unrolled = isinstance(config, ProgramIntegerTileConfig) and unrolls(config, fmt)
+    unrolled = isinstance(config, ProgramDotTileConfig) and unrolls(config, fmt)
     return tensor_steps(fmt, named_layout(config.layout), unrolled)
 
 
@@ -147,7 +188,7 @@ def _product_launch(config: Config, fmt: BlockFormat) -> Launch:
     if isinstance(config, ProgramMatvecConfig):
         n, m = config.rows, config.columns
     else:
-        assert isinstance(config, ProgramTileConfig | ProgramIntegerTileConfig)
+        assert isinstance(config, ProgramTileConfig | ProgramDotTileConfig)
         n, m = config.tile_n, config.tile_m
     return Launch((f"-(-N // {n})", f"-(-M // {m})"), _threads(config))
 
@@ -193,15 +234,17 @@ TARGET = Target(
             symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=_steps,
             launch=_quantize_launch,
         ),
-        _product("matvec", "int8", "matvec.py.j2", ProgramMatvecConfig),
+        _product("matvec", "int8", "matvec.py.j2", ProgramDotMatvecConfig),
         _product("matvec", "fp32", "matvec.py.j2", ProgramMatvecConfig),
-        _product("matmul", "int8", "matmul_int8.py.j2", ProgramIntegerTileConfig),
+        _product("matmul", "int8", "matmul_int8.py.j2", ProgramDotTileConfig),
         _product("matmul", "fp32", "matmul_fp32.py.j2", ProgramTileConfig),
     ),
     dialects={"tensors": TENSORS, "numbers": UNROLLED},
     capabilities=Capabilities(shared_bytes=65536),
     globals={
-        "depth_of": depth_of, "dtypes": _DTYPES, "groups_of": groups_of, "items_of": items_of,
+        "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "factor": _factor, "sum_of": _sum_of,
+        "dense": _dense, "depth_of": depth_of,
+        "dtypes": _DTYPES, "groups_of": groups_of, "items_of": items_of,
         "meaning": _meaning, "padded": padded, "prose": _prose, "statement": statement,
         "unbiased": _unbiased, "unrolls": unrolls, "whole_offset": _whole_offset,
     },

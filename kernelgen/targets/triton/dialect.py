@@ -8,8 +8,9 @@ zero and so serve only where nothing is negative; a >> follows the sign of what 
 
 from __future__ import annotations
 
-from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, rebuild, walk
+from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, const, rebuild, walk
 from kernelgen.ir.ranges import fits, interval
+from kernelgen.ir.rules import simplify
 from kernelgen.targets.base import ATOM, Dialect, Printer, varies
 
 _TYPES = {BOOL: "int1", I32: "int32", U32: "uint32", F32: "float32"}
@@ -25,6 +26,10 @@ class TensorPrinter(Printer):
         op, args = expr.op, expr.args
         if op == "cast":
             return self._cast(expr)
+        if op == "fetch":
+            return self._fetch(expr), ATOM
+        if op == "element":  # a word that the walk has already loaded
+            return str(expr.attr), ATOM
         if op == "select":
             return self._select(expr)
         if op in ("min", "max") and expr.dtype is F32:  # a NaN is kept, as numpy does
@@ -39,12 +44,22 @@ class TensorPrinter(Printer):
         if op in SHIFTS and args[0].dtype is not args[1].dtype and args[0].dtype is I32:
             # an unsigned amount would make the result unsigned
             return self._print(rebuild(expr, (args[0], cast(I32, args[1]))))
-        if expr.dtype is U32 and len(args) == 2 and not varies(expr) and not _small(expr):
-            # no operand is a tensor of the type that the result has
+        if expr.dtype is U32 and len(args) == 2 and not any(map(_typed, args)) and not _small(expr):
+            # no operand has the type that the result must have
             return super()._print(rebuild(expr, (Expr("typed", U32, args[:1]), *args[1:])))
         if op == "typed":
             return f"tl.cast({self(args[0])}, tl.{_TYPES[expr.dtype]})", ATOM
         return super()._print(expr)
+
+    def _fetch(self, expr: Expr) -> str:
+        """A load of one element or, where the address is not aligned, of its parts."""
+        (address,), (storage, unit) = expr.args, expr.attr
+        at, index = address.args if address.op == "+" else (address, const(0, I32))
+        pointers = []
+        for part in range(storage.nbytes // unit):
+            text = self._bracketed(simplify(index + part))
+            pointers.append(str(at.attr[0]) + (f" + {text}" if text != "0" else ""))
+        return self._dialect.word(f"fetch.{storage.name}.{unit}").format(*pointers)
 
     def _cast(self, expr: Expr) -> tuple[str, int]:
         (x,) = expr.args
@@ -63,9 +78,12 @@ class TensorPrinter(Printer):
         if expr.dtype is BOOL and a.op == b.op == "const" and (a.attr, b.attr) == (False, True):
             return f"({self._bracketed(condition)} == 0)", ATOM
         if self._known(condition):  # only the branch that is taken is compiled
-            return f"({self(a)} if {self(condition)} else {self(b)})", ATOM
-        if expr.dtype is U32 and not varies(a) and not varies(b):
-            a = Expr("typed", expr.dtype, (a,))
+            return (
+                f"({self._bracketed(a)} if {self._bracketed(condition)} else {self._bracketed(b)})",
+                ATOM,
+            )
+        if expr.dtype is U32 and a.op == b.op == "const":
+            a = Expr("typed", U32, (a,))
         return f"tl.where({self(condition)}, {self(a)}, {self(b)})", ATOM
 
     def _floored(self, expr: Expr) -> tuple[str, int]:
@@ -105,15 +123,18 @@ def _small(expr: Expr) -> bool:
     return 0 <= lo and hi < 2**31
 
 
-def _halves(pointer: str) -> str:
-    return f"(tl.load({pointer}).to(tl.uint32) | (tl.load({pointer} + 1).to(tl.uint32) << 16))"
+def _typed(expr: Expr) -> bool:
+    """Whether a u32 is printed as a tensor of that type, not as a number or an index."""
+    return expr.dtype is U32 and (
+        varies(expr) or expr.op in ("typed", "select") or any(map(_typed, expr.args))
+    )
 
 
-def _bytes(pointer: str, count: int, dtype: str) -> str:
-    """A little-endian number from bytes, for addresses that nothing divides."""
-    parts = [f"tl.load({pointer}).to(tl.{dtype})"]
-    parts += [f"(tl.load({pointer} + {n}).to(tl.{dtype}) << {8 * n})" for n in range(1, count)]
-    return f"({' | '.join(parts)})"
+def _parts(count: int, width: int, dtype: str) -> str:
+    """A little-endian number of which so many parts are loaded."""
+    loads = [f"tl.load({{{n}}}).to(tl.{dtype})" for n in range(count)]
+    shifted = [f"({load} << {n * width})" if n else load for n, load in enumerate(loads)]
+    return f"({' | '.join(shifted)})"
 
 
 _WORDS = {
@@ -135,20 +156,20 @@ _WORDS = {
     "call.rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({x}))",
     "call.sin": "tl.sin({x})",
     "call.cos": "tl.cos({x})",
-    "fetch.u8.1": "tl.load({address}).to(tl.int32)",
-    "fetch.i8.1": "tl.load({address}).to(tl.int32)",
-    "fetch.u16.1": _bytes("{address}", 2, "int32"),
-    "fetch.u16.2": "tl.load({address}).to(tl.int32)",
-    "fetch.i16.1": _bytes("{address}", 2, "uint16") + ".to(tl.int16, bitcast=True).to(tl.int32)",
-    "fetch.i16.2": "tl.load({address}).to(tl.int32)",
-    "fetch.u32.1": _bytes("{address}", 4, "uint32"),
-    "fetch.u32.2": _halves("{address}"),
-    "fetch.u32.4": "tl.load({address})",
-    "fetch.f16.1": _bytes("{address}", 2, "uint16") + ".to(tl.float16, bitcast=True).to(tl.float32)",
-    "fetch.f16.2": "tl.load({address}).to(tl.float32)",
-    "fetch.f32.1": _bytes("{address}", 4, "uint32") + ".to(tl.float32, bitcast=True)",
-    "fetch.f32.2": _halves("{address}") + ".to(tl.float32, bitcast=True)",
-    "fetch.f32.4": "tl.load({address})",
+    "fetch.u8.1": "tl.load({0}).to(tl.int32)",
+    "fetch.i8.1": "tl.load({0}).to(tl.int32)",
+    "fetch.u16.1": _parts(2, 8, "int32"),
+    "fetch.u16.2": "tl.load({0}).to(tl.int32)",
+    "fetch.i16.1": _parts(2, 8, "uint16") + ".to(tl.int16, bitcast=True).to(tl.int32)",
+    "fetch.i16.2": "tl.load({0}).to(tl.int32)",
+    "fetch.u32.1": _parts(4, 8, "uint32"),
+    "fetch.u32.2": _parts(2, 16, "uint32"),
+    "fetch.u32.4": "tl.load({0})",
+    "fetch.f16.1": _parts(2, 8, "uint16") + ".to(tl.float16, bitcast=True).to(tl.float32)",
+    "fetch.f16.2": "tl.load({0}).to(tl.float32)",
+    "fetch.f32.1": _parts(4, 8, "uint32") + ".to(tl.float32, bitcast=True)",
+    "fetch.f32.2": _parts(2, 16, "uint32") + ".to(tl.float32, bitcast=True)",
+    "fetch.f32.4": "tl.load({0})",
 }
 
 #: where `g` is a tensor

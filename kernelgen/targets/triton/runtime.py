@@ -5,6 +5,7 @@ Without a GPU the same kernels can be compiled for one (`compile_ahead`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import linecache
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,24 @@ class Device:
         return self.name == "cpu"
 
 
+@contextlib.contextmanager
+def _own_symbols() -> Iterator[None]:
+    """Libraries loaded inside use their own copy of LLVM.
+
+    Triton's would else call into that of a software Vulkan driver which was loaded before, and
+    crash the process.
+    """
+    if not hasattr(os, "RTLD_DEEPBIND"):
+        yield
+        return
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(before)
+
+
 @functools.cache
 def find_device() -> Device | str:
     """The device to run on, or a sentence that says why there is none."""
@@ -55,8 +74,9 @@ def find_device() -> Device | str:
         if not torch.cuda.is_available():
             os.environ[INTERPRET] = "1"
             asked = True
-        import triton.language
-        import triton.runtime.interpreter as interpreter
+        with _own_symbols():
+            import triton.language
+            import triton.runtime.interpreter as interpreter
     except ImportError as error:
         return f"{error.name} cannot be imported ({error}); pip install kernelgen[triton]"
     interpreted = isinstance(triton.language.sum, interpreter.InterpretedFunction)
@@ -175,11 +195,11 @@ class TritonRuntime(DeviceRuntime):
         import torch
 
         if _device().interpreted:
-            return Capabilities(shared_bytes=65536)
+            return Capabilities(shared_bytes=65536, features=frozenset({"interpreted"}))
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         features = set()
         if torch.version.cuda:
-            features |= {"dp4a"} if (found.major, found.minor) >= (6, 1) else set()
+            features |= {"dot"} if (found.major, found.minor) >= (6, 1) else set()
             features |= {"tf32x3"} if found.major >= 8 else set()
         shared = getattr(found, "shared_memory_per_block_optin", 65536)
         return Capabilities(

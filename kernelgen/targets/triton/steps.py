@@ -31,6 +31,7 @@ from kernelgen.ir.expr import (
     Storage,
     cast,
     const,
+    element,
     maximum,
     minimum,
     rebuild,
@@ -61,15 +62,18 @@ class Pointer:
     row     name of the pointers to the field in the first block of each row
     at      name of the pointers to the field in the block at hand
     dtype   what they point to: the largest element that the field's alignment allows
-    start   elements of dtype from the first byte of the weights to `row`, in `row`, `N`, `blocks`
-    stride  elements of dtype from one block to the next
+    begin   from the first byte of the weights to the field in the first block of row 0, in
+            `count` (rows) and `blocks` (of a row); this and the next two in elements of dtype
+    pitch   from one row to the next, in `blocks`
+    stride  from one block to the next
     """
 
     field: Field
     row: str
     at: str
     dtype: str
-    start: Expr
+    begin: Expr
+    pitch: Expr
     stride: int
 
 
@@ -81,7 +85,8 @@ class TensorSteps:
     scale        f32, in `g`; None where it is 1
     offset       f32, in `g`: what is added to scale * (code - bias); None where it is 0
     bias         what is to be subtracted from a code
-    codes        u32, in `g` and `j`: four codes as bytes
+    words        u32, in `g` and `j`, by name: words of `codes` that take several loads
+    codes        u32, in `g`, `j` and `words`: four codes as bytes
     code         i32: what a byte of `codes` stands for, in `index`; None where it is the code
                  itself, a signed byte
     values       f32, in `i`: the element itself, where elements are floats
@@ -92,6 +97,7 @@ class TensorSteps:
     scale: Expr | None
     offset: Expr | None
     bias: int
+    words: tuple[tuple[str, Expr], ...]
     codes: Expr | None
     code: Expr | None
     values: Expr | None
@@ -120,9 +126,7 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
 
     if fmt.float_codes:
         values = lower(fmt.value_expr(var("i", fmt.block)))
-        return TensorSteps(
-            fmt, tuple(pointers.values()), None, None, 0, None, None, values, ()
-        )
+        return TensorSteps(fmt, tuple(pointers.values()), None, None, 0, (), None, None, values, ())
     g, bias = group_var(fmt), fmt.bias
     code = fmt.code_expr(fmt.group * g + LANES * word_var(fmt) + LANE)
     packed = pack(code)
@@ -134,11 +138,30 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
         codes, bias = codes ^ splat(0x80), bias - 128
     scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
     offset = None if fmt.offset is None else lower(fmt.offset_expr(g))
-    codes = lower(codes)
+    codes, words = _named_words(lower(codes))
     reasons = (packed.scalar_because,) if packed.scalar_because else ()
     return TensorSteps(
-        fmt, tuple(pointers.values()), scale, offset, bias, codes, of_index, None, reasons
+        fmt, tuple(pointers.values()), scale, offset, bias, words, codes, of_index, None, reasons
     )
+
+
+def _named_words(expr: Expr | None) -> tuple[Expr | None, tuple[tuple[str, Expr], ...]]:
+    """An expression with the words that take several loads under names of their own."""
+    names: dict[Expr, str] = {}
+
+    def change(node: Expr) -> Expr | None:
+        if node.op != "fetch" or node.attr[1] == 4 or node.attr[0].name != "u32":
+            return None
+        pointer = node.args[0].args[0] if node.args[0].args else node.args[0]
+        stem = pointer.attr[0].removesuffix("_at") + "_word"
+        same = sum(name.startswith(stem) for name in names.values())
+        name = names.setdefault(node, f"{stem}{same + 1}" if same else stem)
+        return element(name, const(0, I32))
+
+    if expr is None or any(node.op == "select" for node in walk(expr)):
+        return expr, ()  # a branch that is not taken need not be loaded
+    named = transform(expr, change)
+    return named, tuple((name, node) for node, name in names.items())
 
 
 def _unnamed(node: Expr) -> Expr | None:
@@ -282,11 +305,12 @@ def _pointer_type(storage: Storage, unit: int) -> str:
 def _pointer(
     fmt: BlockFormat, layout: Layout, one: Field, name: str, dtype: str, unit: int
 ) -> Pointer:
-    # addresses have 64 bits; ranges so small that nothing wraps let the rules divide by the unit
-    row, n, blocks = var("row", 1 << 10), var("N", 1 << 8), var("blocks", 1 << 8)
-    strides = layout.strides(fmt, one, n, blocks)
-    start = simplify(row * _divided(strides["tile"], unit) + _divided(strides["field"], unit))
-    return Pointer(one, f"{name}_row", f"{name}_at", dtype, start, int(strides["block"]) // unit)
+    # ranges so small that nothing wraps let the rules divide by the unit
+    count, blocks = var("count", 1 << 8), var("blocks", 1 << 8)
+    strides = layout.strides(fmt, one, count, blocks)
+    begin, pitch = (_divided(strides[axis], unit) for axis in ("field", "tile"))
+    stride = int(strides["block"]) // unit
+    return Pointer(one, f"{name}_row", f"{name}_at", dtype, begin, pitch, stride)
 
 
 def _divided(stride: Any, unit: int) -> Expr:

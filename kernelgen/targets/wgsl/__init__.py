@@ -25,4 +25,7 @@ TARGET = Target(
     templates=(simt.TEMPLATES,),
     globals=simt.template_globals(WgslWords()) | {"words": "words.wgsl"},
     reserved=simt.RESERVED | _KEYWORDS,
+    feature_names={
+        "fp16": "shader-f16", "dot": "packed_4x8_integer_dot_product",
+    },  # fmt: skip
 )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from kernelgen.targets.base import Argument, Dialect
+from kernelgen.targets.simt import table_type
 
 MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
+        "constant.special": "bits_f32({x})",  # a bitcast of a constant must be finite
         "shift": "u32({x})",
         "select": "select({b}, {a}, {condition})",
         "blend": "select({b}, {a}, {condition})",
@@ -17,11 +21,21 @@ MEMORY = Dialect(
         "cast.u32>f32": "f32({x})",
         "cast.i32>u32": "u32({x})",
         "cast.u32>i32": "i32({x})",
+        "cast.f32>i32": "i32({x})",
+        "cast.f32>u32": "u32({x})",
+        "cast.bool>i32": "i32({x})",
+        "cast.bool>u32": "u32({x})",
+        "cast.bool>f32": "f32({x})",
         "bitcast.i32>f32": "bitcast<f32>({x})",
         "bitcast.u32>f32": "bitcast<f32>({x})",
+        "bitcast.f32>i32": "bitcast<i32>({x})",
         "bitcast.f32>u32": "bitcast<u32>({x})",
         "bitcast.i32>u32": "u32({x})",
         "bitcast.u32>i32": "i32({x})",
+        "min": "min({a}, {b})",
+        "max": "max({a}, {b})",
+        "call.rsqrt": "inverseSqrt({x})",
+        **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "abs")},
         "table": "{table}_at({index})",
         "lookup": "{table}_lookup({index})",
         "spread1": "spread1({x})",
@@ -44,6 +58,12 @@ MEMORY = Dialect(
 )
 
 
+_SUBGROUP_INPUTS = (
+    "    @builtin(subgroup_invocation_id) lane: u32, @builtin(subgroup_id) subgroup: u32,",
+    "    @builtin(num_subgroups) subgroups: u32,",
+)
+
+
 class WgslWords:
     """The statements of WGSL (see kernelgen.targets.simt.Words)."""
 
@@ -51,8 +71,17 @@ class WgslWords:
         """A u32 known when the kernel is compiled."""
         return f"const {name} = {value}u;"
 
-    def table(self, name: str, values: tuple[int, ...]) -> str:
-        """A table of integers, and the functions that look up one and four bytes."""
+    def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
+        """A table, and functions that look up one value and, of bytes, four.
+
+        Floats are kept as bits: a constant must be finite.
+        """
+        if table_type(values) == "f32":
+            bits = ", ".join(f"0x{n:08X}u" for n in np.array(values, np.float32).view(np.uint32))
+            return (
+                f"var<private> {name} = array<u32, {len(values)}>({bits});\n"
+                f"fn {name}_at(i: i32) -> f32 {{ return bitcast<f32>({name}[i]); }}"
+            )
         bytes_ = ", ".join(f"{name}_at(i32((x >> {8 * n}u) & 15u))" for n in range(4))
         return (
             f"var<private> {name} = array<i32, {len(values)}>({', '.join(map(str, values))});\n"
@@ -66,6 +95,7 @@ class WgslWords:
         arguments: tuple[Argument, ...],
         threads: int,
         shared: Mapping[str, tuple[str, int]],
+        features: tuple[str, ...],
     ) -> str:
         """Bindings in the order of the arguments, the sizes in a uniform behind them, the head."""
         lines = []
@@ -85,9 +115,10 @@ class WgslWords:
             "",
             f"@compute @workgroup_size({threads}, 1, 1)",
             f"fn {entry}(@builtin(local_invocation_id) local_id: vec3u,",
+            *_SUBGROUP_INPUTS * ("subgroups" in features),
             "    @builtin(workgroup_id) group_id: vec3u, @builtin(num_workgroups) groups: vec3u) {",
-            "    let thread = local_id.x; let group_x = group_id.x;",
-            "    let group_y = group_id.y; let groups_y = groups.y;",
+            "    let thread = local_id.x; let group_x = group_id.x; let group_y = group_id.y;",
+            "    let groups_x = groups.x; let groups_y = groups.y;",
             "    " + " ".join(f"let {name} = sizes.{name};" for name in sizes),
         ]
         return "\n".join(lines)

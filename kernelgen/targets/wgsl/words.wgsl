@@ -1,13 +1,28 @@
 // Words of kernelgen in WGSL.
+%% if "subgroups" in features
+enable subgroups;
+%% endif
+%% if "fp16" in features
+enable f16;
+fn to_half(x: f32) -> f16 { return f16(x); }
+fn from_half(x: f16) -> f32 { return f32(x); }
+%% endif
+%% if "subgroups" in features
+fn subgroup_sum(x: f32) -> f32 { return subgroupAdd(x); }
+%% endif
 fn f32_bits(x: f32) -> u32 { return bitcast<u32>(x); }
 fn bits_f32(x: u32) -> f32 { return bitcast<f32>(x); }
 fn nearest(x: f32) -> f32 { return round(x); }  // ties to even
 
 // Four products of signed bytes, added to a sum.
 fn dot4(a: u32, b: u32, sum: i32) -> i32 {
+%% if "dot" in features
+    return sum + dot4I8Packed(a, b);
+%% else
     let x = vec4i(vec4u(a << 24u, a << 16u, a << 8u, a)) >> vec4u(24u);
     let y = vec4i(vec4u(b << 24u, b << 16u, b << 8u, b)) >> vec4u(24u);
     return sum + x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+%% endif
 }
 
 // Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.

@@ -1,0 +1,378 @@
+"""The tuner's commands: `tune` and `explain`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.text import Text
+
+from kernelgen import api
+from kernelgen import targets as target_list
+from kernelgen.cli import caching
+from kernelgen.cli.terminal import (
+    AsJson,
+    FormatNames,
+    Names,
+    Variant,
+    complain,
+    console,
+    pick_formats,
+    print_json,
+    split_names,
+    table,
+)
+from kernelgen.errors import ShapeError, TargetError, TuningError
+from kernelgen.ir import formats as format_list
+from kernelgen.ir.block import BlockFormat
+from kernelgen.problem import PRECISIONS
+from kernelgen.targets.base import Runtime, Target
+from kernelgen.tuner import lookup, samplers, space
+from kernelgen.tuner.device import of as device_of
+from kernelgen.tuner.space import Problem
+from kernelgen.tuner.study import EFFORTS, Options, Report, Status, Study, summary
+
+#: rows of activations that a model's matrices are tuned for: one token, and a prompt
+_MODEL_ROWS = (1, 128)
+
+Precision = Annotated[
+    str, typer.Option("--precision", metavar="P", help=f"{', '.join(PRECISIONS)}.")
+]
+
+
+def tune(
+    model: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL.gguf]", help="Tune the shapes of this file's matrices."),
+    ] = None,
+    target: Annotated[
+        Names, typer.Option("--target", metavar="T", help="Targets; by default that of matmul.")
+    ] = None,
+    format: FormatNames = None,
+    shape: Annotated[
+        Names,
+        typer.Option(
+            "--shape", metavar="MxNxK", help="Rows of activations x rows of weights x columns."
+        ),
+    ] = None,
+    rows: Annotated[
+        Names, typer.Option("--rows", metavar="M", help="With a model: rows; 1 and 128 by default.")
+    ] = None,
+    precision: Precision = "auto",
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", min=0.5, metavar="S", help="Seconds for all that is tuned."),
+    ] = None,
+    effort: Annotated[
+        str,
+        typer.Option(
+            "--effort",
+            help="Without --budget, seconds for each kernel: "
+            + ", ".join(f"{name} {seconds:g}" for name, seconds in EFFORTS.items())
+            + ".",
+        ),
+    ] = "normal",
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error", metavar="X",
+            help="Largest RMS error, relative to the output's RMS, that rounded activations"
+            " included may make; by default what the format's own error allows.",
+        ),
+    ] = None,
+    pareto: Annotated[
+        bool, typer.Option("--pareto", help="Show the trials that none beats in both.")
+    ] = False,
+    sampler: Annotated[
+        str, typer.Option("--sampler", help=f"One of {', '.join(samplers.NAMES)}.")
+    ] = samplers.DEFAULT,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the trials of the last study.")
+    ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage", metavar="URL", help="A storage of Optuna's that many processes share."
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="Write a page about it.")
+    ] = None,
+    isa: Variant = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what there is to choose from.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Find the best configuration for shapes on this machine, and remember it."""
+    problems = list(_problems(model, format, shape, rows, precision))
+    pairs = [(one, _runtime(one, isa)) for one in _targets(target)]
+    if dry_run:
+        _dry_run(pairs, problems, as_json)
+        return
+    if effort not in EFFORTS:
+        raise TuningError(f"effort {effort!r} was asked for; known are {', '.join(EFFORTS)}")
+    share = budget / (len(problems) * len(pairs)) if budget else EFFORTS[effort]
+    options = Options(share, sampler, seed, max_error, storage, resume)
+    _need_optuna()
+    reports: list[tuple[Target, Report]] = []
+    for one, runtime in pairs:
+        for problem in problems:
+            reports.append((one, _study(one, runtime, problem, options, isa, as_json)))
+            if reports[-1][1].stopped == "interrupted":
+                break
+    if as_json:
+        print_json(
+            {"studies": [_as_dict(t, r) for t, r in reports], **summary(r for _, r in reports)}
+        )
+    else:
+        _print_reports(reports, pareto)
+    if report is not None:
+        from kernelgen.tuner import page
+
+        page.write(report, [(t.name, r) for t, r in reports])
+        complain(f"wrote {report}")
+    if any(r.stopped == "interrupted" for _, r in reports):
+        raise typer.Exit(130)
+    if not any(r.best for _, r in reports):
+        raise typer.Exit(1)
+
+
+def _need_optuna() -> None:
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise TuningError(
+            f"tuning needs optuna, which cannot be imported ({error}); pip install kernelgen[tune]"
+        ) from None
+
+
+def _targets(names: Names) -> list[Target]:
+    wanted = split_names(names) or [api.default_target()]
+    return list(dict.fromkeys(map(target_list.get, wanted)))
+
+
+def _runtime(target: Target, isa: str) -> Runtime:
+    runtime = target.runtime(isa)
+    reason = runtime.available()
+    if reason is not None:
+        raise TargetError(f"target {target.name} cannot run here: {reason}")
+    return runtime
+
+
+def _problems(
+    model: Path | None, format: Names, shape: Names, rows: Names, precision: str
+) -> Iterator[Problem]:
+    if model is not None:
+        if shape:
+            raise ShapeError("a model and --shape were given; a model has its own: leave out one")
+        wanted = set(pick_formats(format))
+        matrices: set[tuple[BlockFormat, int, int]] = {
+            (w.format, w.shape[-2], w.shape[-1])
+            for w in api.open(model).values()
+            if len(w.shape) > 1 and w.format in wanted
+        }
+        if not matrices:
+            raise ShapeError(f"{model} has no matrices of the formats asked for")
+        counts = [int(r) if r.isdigit() else 0 for r in split_names(rows)] or _MODEL_ROWS
+        for fmt, n, k in sorted(matrices, key=lambda one: (one[0].name, one[1:])):
+            for m in counts:
+                yield Problem(fmt, m, n, k, precision)
+        return
+    shapes = [parse_shape(text) for text in split_names(shape)]
+    if not shapes or not format:
+        raise ShapeError(
+            "nothing was said about what to tune; give --format and --shape, as --format q4_K"
+            " --shape 1x4096x14336, or a GGUF file"
+        )
+    names = split_names(format)
+    for fmt in pick_formats([] if names == ["all"] else names):
+        for m, n, k in shapes:
+            yield Problem(fmt, m, n, k, precision)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Three numbers from MxNxK."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.lower())
+    if not found or "0" in found.groups():
+        raise ShapeError(
+            f"shape {text!r} was given; write MxNxK with three numbers above 0, as 1x4096x4096"
+        )
+    m, n, k = map(int, found.groups())
+    return m, n, k
+
+
+# ---- tune -------------------------------------------------------------------------------------
+
+
+def _dry_run(pairs: list[tuple[Target, Runtime]], problems: list[Problem], as_json: bool) -> None:
+    found: list[dict[str, Any]] = []
+    for target, runtime in pairs:
+        for problem in problems:
+            explored = space.explore(target, runtime.capabilities(), problem)
+            values = space.parameters(explored)
+            found.append(
+                {
+                    "target": target.name, "problem": str(problem), "size": explored.size,
+                    "legal": len(explored.legal), "forbidden": explored.forbidden,
+                    "parameters": values,
+                }
+            )  # fmt: skip
+            if as_json:
+                continue
+            print(f"{problem} on {target.name}: {explored.size} candidates,"
+                  f" {len(explored.legal)} legal")  # fmt: skip
+            for name, choices in values.items():
+                print(f"  {name:12} {', '.join(map(str, choices))}")
+            for rule, count in explored.forbidden.items():
+                print(f"  {count:6} forbidden: {rule} (as: {explored.examples[rule]})")
+    if as_json:
+        print_json(found)
+
+
+def _study(
+    target: Target, runtime: Runtime, problem: Problem, options: Options, isa: str, quiet: bool
+) -> Report:
+    from kernelgen.tuner.measure import WorkerMeasurer
+
+    measurer = WorkerMeasurer(target.name, isa)
+    out = console(stderr=True)
+    if quiet or not out.is_terminal:
+        return Study(target, runtime, problem, measurer, options).run()
+    with Live(console=out, transient=True, refresh_per_second=8) as live:
+
+        def show(status: Status) -> None:
+            live.update(_status(target, status))
+
+        return Study(target, runtime, problem, measurer, options, show).run()
+
+
+def _status(target: Target, now: Status) -> Text:
+    best = "nothing yet" if now.best is None else f"best {_ms(now.best)}"
+    if now.best is not None and now.default:
+        best += f", {now.default / now.best:.2f}x the default's {_ms(now.default)}"
+    if now.best is not None and now.roofline:
+        best += f", {now.roofline / now.best:.0%} of the roofline"
+    return Text(
+        f"{target.name} {now.problem}\n  {best}\n  {now.tried} of {now.space} tried,"
+        f" {now.failed} failed, {now.left:.0f} s left; {now.doing}"
+    )
+
+
+def _print_reports(reports: list[tuple[Target, Report]], pareto: bool) -> None:
+    numbers = ["old", "new", "ratio", "roofline", "tried", "failed"]
+    shown = table("target", "kernel", *numbers, "configuration", right=numbers)
+    for target, one in reports:
+        roof = one.roofline / one.seconds if one.roofline and one.seconds else None
+        shown.add_row(
+            target.name, str(one.problem), _ms(one.default_seconds), _ms(one.seconds),
+            f"{one.ratio:.2f}" if one.ratio else "", f"{roof:.0%}" if roof else "",
+            f"{len(one.trials)}/{len(one.space.legal)}", str(len(one.failures)),
+            str(one.best) if one.best else "none passed",
+        )  # fmt: skip
+    out = console()
+    out.print(shown)
+    for target, one in reports:
+        where = f"; written to {one.path}" if one.path else ""
+        out.print(
+            f"{target.name} {one.problem}: {one.stopped} after {one.spent:.1f} s{where}",
+            soft_wrap=True,
+        )
+        for candidate, outcome in one.failures:
+            out.print(f"  {outcome.kind}: {candidate}: {outcome.reason}", soft_wrap=True)
+        if pareto:
+            front = table("time", "RMS error", "configuration", right=["time", "RMS error"])
+            for candidate, outcome in one.front():
+                front.add_row(_ms(outcome.seconds), f"{outcome.rms_error:.2g}", str(candidate))
+            out.print(front)
+    mean = summary(r for _, r in reports)["geometric_mean"]
+    if len(reports) > 1 and mean:
+        out.print(f"tuned over default: {mean:.2f} times, the geometric mean of {len(reports)}")
+
+
+def _as_dict(target: Target, one: Report) -> dict[str, Any]:
+    return {
+        "target": target.name, "problem": str(one.problem), "device": vars(one.device),
+        "old": one.default_seconds, "new": one.seconds, "ratio": one.ratio,
+        "roofline": one.roofline, "tried": len(one.trials), "space": len(one.space.legal),
+        "stopped": one.stopped, "seconds": one.spent, "path": one.path,
+        "config": one.best.as_dict() if one.best else None,
+        "failures": [{"candidate": str(c), "kind": o.kind, "reason": o.reason}
+                     for c, o in one.failures],
+        "front": [{"candidate": str(c), "seconds": o.seconds, "rms_error": o.rms_error}
+                  for c, o in one.front()],
+    }  # fmt: skip
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
+
+
+# ---- explain ----------------------------------------------------------------------------------
+
+
+def explain(
+    op: Annotated[str, typer.Argument(metavar="OP", help="matmul, or matvec: one of few rows.")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="A format, in any case.")],
+    shape: Annotated[
+        str, typer.Option("--shape", metavar="MxNxK", help="The problem's shape.")
+    ] = "1x4096x4096",
+    target: Annotated[
+        str, typer.Option("--target", metavar="T", help="By default that of matmul.")
+    ] = "",
+    precision: Precision = "auto",
+    isa: Variant = "",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Say which configuration serves a problem, by what rule, and what others there were."""
+    if op not in ("matmul", "matvec"):
+        raise TuningError(f"{op} was asked about; what is tuned is matmul (and matvec)")
+    manifest = target_list.get(target or api.default_target())
+    runtime = _runtime(manifest, isa)
+    problem = Problem(format_list.get(format), *parse_shape(shape), precision)
+    choice = lookup.choose_for(manifest, runtime, problem)
+    others = [
+        found for found in lookup.search(manifest, runtime, problem)
+        if choice.entry is None or found.entry is not choice.entry
+    ]  # fmt: skip
+    entry = choice.entry
+    if as_json:
+        print_json(
+            {
+                "problem": str(problem), "target": manifest.name,
+                "device": vars(device_of(manifest, runtime)), "rule": choice.rule,
+                "why": choice.why, "choice": choice.candidate.as_dict(),
+                "expected_seconds": entry.seconds if entry else None,
+                "entry": entry.as_dict() if entry else None,
+                "others": [
+                    {"rule": f.rule, "refused": f.refused, "entry": f.entry.as_dict()}
+                    for f in others
+                ],
+            }
+        )  # fmt: skip
+        return
+    print(f"{problem} on {manifest.name}: {choice.candidate}")
+    print(f"  device    {device_of(manifest, runtime)}")
+    print(f"  rule      {choice.rule}: {choice.why}")
+    if entry is not None:
+        for name, said in caching.facts(entry):
+            print(f"  {name:9} {said}")
+    else:
+        m, n, k = problem.shape
+        print(f"  expects   unknown; kernelgen tune --target {manifest.name} --format"
+              f" {problem.fmt.name} --shape {m}x{n}x{k} finds out")  # fmt: skip
+    for found in others:
+        used = found.refused or f"{found.rule}, further away"
+        print(f"  other     {caching.one_line(found.entry)}: {used}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the tuner's commands to the command line."""
+    app.command("tune")(tune)
+    app.command("explain")(explain)
+    app.add_typer(caching.app, name="cache")

@@ -1,0 +1,213 @@
+"""Reads kernel text: its entries, and the few places that a C++ compiler does not understand.
+
+Nothing here parses C++.  It tells code from comments and literals, and matches brackets.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kernelgen.emulator.compiler import EmulatorError
+
+_TOKEN = re.compile(
+    r"""(?P<skip>//(?:[^\n\\]|\\.|\\\n)*|/\*.*?\*/)
+      | (?P<text>R"(?P<delim>[^(\s]*)\(.*?\)(?P=delim)"|"(?:[^"\\\n]|\\.|\\\n)*"|'(?:[^'\\\n]|\\.)+')
+      | (?P<word>[A-Za-z_]\w*)
+      | (?P<number>\.?\d(?:[\w.']|[eEpP][+-])*)
+      | (?P<sign>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Token:
+    """A word, a sign or a literal, and where it lies in the text."""
+
+    kind: str
+    value: str
+    start: int
+    end: int
+
+
+def tokens(source: str) -> list[Token]:
+    """The tokens of a text without comments and white space."""
+    found = []
+    for match in _TOKEN.finditer(source):
+        kind = match.lastgroup or ""
+        if match["text"] is not None:
+            kind = "text"
+        if kind != "skip" and not match[0].isspace() and match[0] != "\\":
+            found.append(Token(kind, match[0], match.start(), match.end()))
+    return found
+
+
+def _closing(found: list[Token], at: int) -> int:
+    """The index of the bracket that closes the one at `at`."""
+    depth = 0
+    for i in range(at, len(found)):
+        if found[i].kind == "sign":
+            depth += (found[i].value in "([{") - (found[i].value in ")]}")
+            if depth == 0:
+                return i
+    return len(found) - 1
+
+
+def _split(found: list[Token], separator: str) -> list[list[Token]]:
+    """Parts between separators that no bracket encloses; none if there is nothing."""
+    parts: list[list[Token]] = [[]]
+    depth = 0
+    for token in found:
+        if token.kind == "sign":
+            depth += (token.value in "([{") - (token.value in ")]}")
+            if token.value == separator and depth == 0:
+                parts.append([])
+                continue
+        parts[-1].append(token)
+    return parts if found else []
+
+
+def _slice(source: str, found: list[Token]) -> str:
+    return source[found[0].start : found[-1].end] if found else ""
+
+
+def _in_directive(source: str, position: int) -> bool:
+    """Whether a position is inside a #define or the like."""
+    start = source.rfind("\n", 0, position) + 1
+    while start > 1 and source[start - 2] == "\\":
+        start = source.rfind("\n", 0, start - 1) + 1
+    return source[start:].lstrip(" \t").startswith("#")
+
+
+def line_of(source: str, position: int) -> int:
+    """The number of the line that a position is on."""
+    return source.count("\n", 0, position) + 1
+
+
+# ---- asm statements
+
+
+def _operand(source: str, found: list[Token], is_output: bool) -> str:
+    constraint = found[0].value.strip('"')
+    kind = constraint.strip("=+&")
+    if found[0].kind != "text" or kind not in tuple("rlfdhn"):
+        raise EmulatorError(f"line {line_of(source, found[0].start)}: the asm operand"
+                            f" {_slice(source, found)} has a constraint that is not one of"
+                            " r, l, f, d, h, n")  # fmt: skip
+    function = "in" if not is_output else "inout" if "+" in constraint else "out"
+    return f"::emu::{function}<'{kind}'>{_slice(source, found[1:])}"
+
+
+def _asm_call(source: str, inside: list[Token], line: int) -> str:
+    sections = _split(inside, ":")
+    text = _slice(source, sections[0])
+    operands = []
+    for number, section in enumerate(sections[1:3]):
+        for operand in _split(section, ","):
+            operands.append(_operand(source, operand, number == 0))
+    array = f"EmuOperand emu_operands[] = {{{', '.join(operands)}}}; " if operands else ""
+    values = f"emu_operands, {len(operands)}" if operands else "nullptr, 0"
+    return (
+        f"do {{ static void *emu_place; {array}"
+        f"emu_ptx(&emu_place, {text}, {values}, {line}); }} while (0)"
+    )
+
+
+def rewrite_cuda(source: str) -> str:
+    """Text that a C++ compiler takes: asm statements are calls, extern shared arrays the engine's.
+
+    Every line stays on its number.
+    """
+    found = tokens(source)
+    pieces: list[str] = []
+    copied = 0
+
+    def replace(start: int, end: int, text: str) -> None:
+        nonlocal copied
+        missing = source.count("\n", start, end) - text.count("\n")
+        # a macro's lines end in a backslash, and must go on to
+        ending = "\\\n" if "\\\n" in source[start:end] else "\n"
+        pieces.append(source[copied:start] + text + ending * missing)
+        copied = end
+
+    i = 0
+    while i < len(found):
+        token = found[i]
+        if token.value in ("asm", "__asm__", "__asm") and token.kind == "word":
+            at = i + 1
+            while found[at].value in ("volatile", "__volatile__", "__volatile"):
+                at += 1
+            if found[at].value == "(":
+                end = _closing(found, at)
+                line = line_of(source, token.start)
+                replace(token.start, found[end].end, _asm_call(source, found[at + 1 : end], line))
+                i = end
+        elif token.value == "extern" and found[i + 1].kind == "word":
+            end = i
+            while end < len(found) and found[end].value not in (";", "{", "="):
+                end += 1
+            shared = [t for t in found[i:end] if t.value == "__shared__"]
+            if shared and found[end].value == ";":
+                prefix = "_" if sys.platform == "darwin" else ""
+                label = f' __asm__("{prefix}emu_dynamic_shared")'
+                declaration = source[token.start : found[end].start].replace("__shared__", "")
+                replace(token.start, found[end].start, declaration + label)
+                i = end
+        i += 1
+    return "".join(pieces) + source[copied:]
+
+
+# ---- entries
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel and the names of its parameters, for messages."""
+
+    name: str
+    parameters: tuple[str, ...]
+
+
+def _parameter(found: list[Token]) -> str:
+    """The name in a parameter's declaration, before its attributes and arrays."""
+    name = ""
+    for token in found:
+        if token.value in ("[", "="):
+            break
+        if token.kind == "word":
+            name = token.value
+    return name
+
+
+def _is_template(found: list[Token], at: int) -> bool:
+    """Whether the declaration that a token is in is a template or an instance of one."""
+    while at > 0 and found[at - 1].value not in (";", "{", "}"):
+        at -= 1
+        if found[at].value == "template":
+            return True
+    return False
+
+
+def entries(source: str, words: tuple[str, ...] = ("__global__",)) -> Iterator[Entry]:
+    """Functions that follow one of the words; not those that macros and templates make."""
+    found = tokens(source)
+    for i, token in enumerate(found):
+        if token.value not in words or token.kind != "word":
+            continue
+        if _in_directive(source, token.start) or _is_template(found, i):
+            continue
+        at = i + 1
+        while at + 1 < len(found):
+            if found[at].value in (";", "{", ")"):
+                break
+            if found[at].kind == "word" and found[at + 1].value == "(":
+                end = _closing(found, at + 1)
+                after = found[end + 1].value if end + 1 < len(found) else ""
+                if after in ("{", ";", "["):
+                    parameters = _split(found[at + 2 : end], ",")
+                    yield Entry(found[at].value, tuple(_parameter(p) for p in parameters))
+                    break
+                at = end
+            at += 1

@@ -1,0 +1,1 @@
+"""A page about studies: one HTML file that needs no other."""
