@@ -13,6 +13,7 @@ from typing import Any
 from kernelgen.errors import FileError, TargetError
 from kernelgen.generate import generate, render_index
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.layout import PLANES
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import OPS, Kernel, Target
 
@@ -69,6 +70,7 @@ def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
         "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
         "features": _features(kernel, target),
+        "planes": _planes(kernel),
         "needs": {op: k.entry for op, k in kernel.needs.items()},
         "tolerance": tolerance(kernel.op, kernel.config), "notes": list(kernel.notes),
     }  # fmt: skip
@@ -78,6 +80,21 @@ def _features(kernel: Kernel, target: Target) -> list[str]:
     """What a host must look for on the device, in the words of the target's API."""
     names = (target.feature_names.get(one, one) for one in kernel.features)
     return [name for name in names if name]
+
+
+def _planes(kernel: Kernel) -> list[dict[str, Any]] | None:
+    """How to repack weights of N rows for a kernel that wants each field of all blocks together.
+
+    For `count` = N * K / block: bytes offset..offset+bytes of block i become those at
+    start * count + i * bytes.
+    """
+    if kernel.config.as_dict().get("layout") != PLANES.name:
+        return None
+    return [
+        {"field": f.name, "offset": f.offset, "bytes": f.nbytes,
+         "start": PLANES.field_start(kernel.format, f)}
+        for f in kernel.format.layout_fields
+    ]  # fmt: skip
 
 
 def _launch(kernel: Kernel) -> dict[str, Any] | None:

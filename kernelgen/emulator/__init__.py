@@ -6,7 +6,7 @@ It needs a C++ compiler and no GPU, and knows nothing of the rest of kernelgen.
 """
 
 from kernelgen.emulator.compiler import EmulatorError
-from kernelgen.emulator.emulator import Emulator, emulate
+from kernelgen.emulator.emulator import Emulator, Local, emulate
 from kernelgen.emulator.report import Finding, Report
 
-__all__ = ["Emulator", "EmulatorError", "Finding", "Report", "emulate"]
+__all__ = ["Emulator", "EmulatorError", "Finding", "Local", "Report", "emulate"]

@@ -47,7 +47,9 @@ class Compiler:
         result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
         if result.returncode:
             complaint = result.stderr or result.stdout
-            raise EmulatorError(f"{self.path} did not compile the text:\n{complaint.strip()[:6000]}")
+            raise EmulatorError(
+                f"{self.path} did not compile the text:\n{complaint.strip()[:6000]}"
+            )
 
 
 @functools.cache

@@ -83,7 +83,8 @@ class _Arguments:
             if int(value) == value:
                 return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
         raise EmulatorError(
-            f"{where} is {_KIND[kind]} of {size} bytes, but got {type(value).__name__} {value!r:.60}"
+            f"{where} is {_KIND[kind]} of {size} bytes, but got"
+            f" {type(value).__name__} {value!r:.60}"
         )
 
     def _buffer(self, i: int, value: Argument, where: str) -> int:

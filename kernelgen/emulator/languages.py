@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from kernelgen.emulator.compiler import (
@@ -12,6 +15,7 @@ from kernelgen.emulator.compiler import (
     Compiler,
     EmulatorError,
     built,
+    clang,
     cxx,
     digest,
     kernel_key,
@@ -98,6 +102,118 @@ def _cuda_compile(
     return Compiled(library, f"emu_entry_{symbol}", f"emu_describe_{symbol}", checked)
 
 
+# ---- OpenCL and Metal: clang's C++ for OpenCL, compiled for this CPU
+
+_CL = (
+    "-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang",
+    "-cl-ext=+cl_khr_fp16,+cl_khr_fp64,-__opencl_c_generic_address_space,-__opencl_c_pipes,"
+    "-__opencl_c_device_enqueue",
+)  # fmt: skip
+#: attributes of Metal's parameters that a launch gives a value to
+_GIVEN = ("buffer", "threadgroup")
+_STATICS = """
+#include <stddef.h>
+extern char __start_emu_shared[] __attribute__((weak));
+extern char __stop_emu_shared[] __attribute__((weak));
+extern "C" void *emu_statics(size_t *bytes) {
+    *bytes = size_t(__stop_emu_shared - __start_emu_shared);
+    return __start_emu_shared;
+}
+"""
+
+
+def _thunks(entry: Entry) -> str:
+    """A function that calls a kernel with void**, and one that describes its arguments."""
+    values: list[str] = []
+    descriptions: list[str] = []
+    for p in entry.declared:
+        if p.attribute and p.attribute not in _GIVEN:
+            values.append(f"emu_builtin<{p.type}>(emu_{p.attribute})")
+            continue
+        at = f"args[{len(descriptions)}]"
+        kept = p.type
+        if p.type.endswith("&"):
+            referred = p.type[:-1].strip()
+            if "constant" in referred.split():  # its bytes are the argument
+                kept = " ".join(w for w in referred.split() if w not in ("constant", "const"))
+                values.append(f"*({referred} *)(ulong){at}")
+            else:
+                kept = f"{referred} *"
+                values.append(f"*emu_argument<{kept}>({at})")
+        else:
+            values.append(f"emu_argument<{p.type}>({at})")
+        descriptions.append(f"text = emu_describe<{kept}>(text);")
+    return (
+        f'extern "C" void emu_entry_{entry.name}(void **args) {{'
+        f" {entry.name}({', '.join(values)}); }}\n"
+        f'extern "C" void emu_describe_{entry.name}(char *text) {{'
+        f" *text = 0; {' '.join(descriptions)} }}\n"
+    )
+
+
+def _metal_entries(source: str) -> tuple[Entry, ...]:
+    return tuple(entries(source, ("kernel",)))
+
+
+def _opencl_entries(source: str) -> tuple[Entry, ...]:
+    return tuple(entries(source, ("kernel", "__kernel")))
+
+
+def _given(found: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Entries whose parameters that a launch gives have no attribute left."""
+    return tuple(
+        Entry(e.name, tuple(
+            replace(p, attribute="") if p.attribute in _GIVEN else p for p in e.declared
+        )) for e in found
+    )  # fmt: skip
+
+
+def _objcopy() -> str:
+    for name in ("objcopy", "llvm-objcopy", *(f"llvm-objcopy-{n}" for n in range(21, 15, -1))):
+        if path := shutil.which(name):
+            return path
+    raise EmulatorError("the emulator found no objcopy; install binutils or LLVM")
+
+
+def _cl_compile(
+    header: str, find: Callable[[str], tuple[Entry, ...]], extra: Sequence[str],
+    source: str, entry: str, known: Sequence[str], checked: bool, name: str,
+    defines: Mapping[str, str | int], include: Sequence[str],
+) -> Compiled:  # fmt: skip
+    if entry not in known:
+        raise EmulatorError(f"no kernel {entry!r} in {name}; it has {', '.join(known) or 'none'}")
+    compiler, linker = clang(), cxx()
+    thunks = "".join(_thunks(e) for e in find(source))
+    text = f'#line 1 "{name}"\n{source}\n#line 1 "entries of the emulator"\n{thunks}'
+    folder = INCLUDE / header.split("_")[1].split(".")[0]
+    flags = [
+        *_CL, *extra, *_FLAGS, "-gline-tables-only", *machine_flags(compiler),
+        "-Xclang", "-ffloat16-excess-precision=none", *(_CHECKS if checked else ()),
+        *_defines(defines, include), f"-I{folder}", "-include", header,
+    ]  # fmt: skip
+
+    def build(work: Path, target: Path) -> None:
+        (work / "kernel.cl").write_text(text)
+        (work / "statics.cpp").write_text(_STATICS)
+        compiler.run([*flags, "-c", "kernel.cl", "-o", "kernel.o"], work)
+        linker.run(["-fPIC", "-O1", "-c", "statics.cpp", "-o", "statics.o"], work)
+        # all local memory in a section of its own, to be poisoned and watched
+        move = [_objcopy(), "--rename-section", ".bss=emu_shared", "kernel.o"]
+        subprocess.run(move, check=True, cwd=work)
+        linker.run([*shared_flags(), "kernel.o", "statics.o", "-o", str(target), "-lm"], work)
+
+    library = built(f"kernel-{kernel_key(compiler, header, text, flags)}.so", build)
+    return Compiled(library, f"emu_entry_{entry}", f"emu_describe_{entry}", checked)
+
+
 LANGUAGES: dict[str, Language] = {
     "cuda": Language(".cu", (32,), False, _cuda_entries, _cuda_compile),
-}
+    "opencl": Language(
+        ".cl", (1, 2, 4, 8, 16, 32, 64), True, _opencl_entries,
+        partial(_cl_compile, "emu_opencl.h", _opencl_entries, ()),
+    ),
+    "metal": Language(
+        ".metal", (32,), True, lambda source: _given(_metal_entries(source)),
+        partial(_cl_compile, "emu_metal.h", _metal_entries, ("-cl-single-precision-constant",)),
+    ),
+}  # fmt: skip

@@ -91,7 +91,7 @@ def construction_flags(library: str) -> tuple[int, ...]:
         return ()
     table, entry, count = struct.unpack_from("<Q10xHH", data, 0x28)
     sections = [struct.unpack_from("<IIQQQQII", data, table + entry * i) for i in range(count)]
-    found = []
+    found: list[int] = []
     for _, kind, _, _, start, size, strings, _ in sections:
         if kind != _SYMBOL_TABLE:
             continue

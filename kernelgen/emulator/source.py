@@ -14,7 +14,8 @@ from kernelgen.emulator.compiler import EmulatorError
 
 _TOKEN = re.compile(
     r"""(?P<skip>//(?:[^\n\\]|\\.|\\\n)*|/\*.*?\*/)
-      | (?P<text>R"(?P<delim>[^(\s]*)\(.*?\)(?P=delim)"|"(?:[^"\\\n]|\\.|\\\n)*"|'(?:[^'\\\n]|\\.)+')
+      | (?P<text>R"(?P<delim>[^(\s]*)\(.*?\)(?P=delim)"
+               | "(?:[^"\\\n]|\\.|\\\n)*" | '(?:[^'\\\n]|\\.)+')
       | (?P<word>[A-Za-z_]\w*)
       | (?P<number>\.?\d(?:[\w.']|[eEpP][+-])*)
       | (?P<sign>.)""",
@@ -163,22 +164,40 @@ def rewrite_cuda(source: str) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A kernel and the names of its parameters, for messages."""
+class Parameter:
+    """A parameter's name, its type's text, and the first word of its [[attribute]]."""
 
     name: str
-    parameters: tuple[str, ...]
+    type: str
+    attribute: str = ""
 
 
-def _parameter(found: list[Token]) -> str:
-    """The name in a parameter's declaration, before its attributes and arrays."""
-    name = ""
-    for token in found:
+@dataclass(frozen=True)
+class Entry:
+    """A kernel and its parameters."""
+
+    name: str
+    declared: tuple[Parameter, ...]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that a launch gives."""
+        return tuple(p.name for p in self.declared if not p.attribute)
+
+
+def _parameter(source: str, found: list[Token]) -> Parameter:
+    attribute = ""
+    end = len(found)
+    for i, token in enumerate(found):
+        if token.value == "[" and found[i + 1].value == "[" and i + 2 < len(found):
+            attribute = found[i + 2].value
         if token.value in ("[", "="):
-            break
-        if token.kind == "word":
-            name = token.value
-    return name
+            end = min(end, i)
+    words = [i for i in range(end) if found[i].kind == "word"]
+    if not words:
+        return Parameter("", _slice(source, found))
+    type_text = " ".join(t.value for t in found[: words[-1]])
+    return Parameter(found[words[-1]].value, type_text, attribute)
 
 
 def _is_template(found: list[Token], at: int) -> bool:
@@ -206,8 +225,9 @@ def entries(source: str, words: tuple[str, ...] = ("__global__",)) -> Iterator[E
                 end = _closing(found, at + 1)
                 after = found[end + 1].value if end + 1 < len(found) else ""
                 if after in ("{", ";", "["):
-                    parameters = _split(found[at + 2 : end], ",")
-                    yield Entry(found[at].value, tuple(_parameter(p) for p in parameters))
+                    parts = _split(found[at + 2 : end], ",")
+                    parameters = (_parameter(source, p) for p in parts if p[0].value != "void")
+                    yield Entry(found[at].value, tuple(parameters))
                     break
                 at = end
             at += 1

@@ -209,7 +209,8 @@ class Runtime(Protocol):
         ...
 
     def describe(self) -> list[dict[str, Any]]:
-        """The devices, one dictionary each, for people and programs to read."""
+        """The devices, one dictionary each, for people and programs to read; first the one that
+        kernels run on, which the tuner knows it by."""
         ...
 
     def dequantize(self, kernel: Kernel, w: Weights) -> Array:
@@ -451,13 +452,11 @@ def _floored(expr: Expr) -> Expr:
     """x // c or x % c, which round down, in operations that agree where division rounds to zero."""
     x, by = expr.args
     if by.op == "const" and by.attr > 0 and by.attr & (by.attr - 1) == 0:
-        if expr.op == "%":
-            return x & (by.attr - 1)
-        return x >> (by.attr.bit_length() - 1)
+        return x & (by.attr - 1) if expr.op == "%" else x >> int(by.attr).bit_length() - 1
     # the masks change nothing in the branch that is taken, and say that there is no sign
-    above, below = x & 0x7FFFFFFF, (-1 - x) & 0x7FFFFFFF
-    quotient = Expr("//", I32, (above, by)), -1 - Expr("//", I32, (below, by))
-    floor = where(x < 0, quotient[1], quotient[0])
+    above = Expr("//", I32, (x & 0x7FFFFFFF, by))
+    below = -1 - Expr("//", I32, ((-1 - x) & 0x7FFFFFFF, by))
+    floor = where(x < 0, below, above)
     return floor if expr.op == "//" else x - floor * by
 
 

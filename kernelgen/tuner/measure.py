@@ -84,10 +84,10 @@ class Measurer(Protocol):
 
     def measure(
         self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
-        max_error: float | None = None, prune: bool = True,
+        max_error: float | None = None, prune: bool = True, expect: float | None = None,
     ) -> Outcome:  # fmt: skip
         """Check and time a candidate in turns with another, for about `seconds`; over after
-        `limit` seconds whatever it does."""
+        `limit` seconds whatever it does.  `expect`: seconds that a call of the other takes."""
         ...
 
     def bandwidth(self) -> float | None:
@@ -209,7 +209,8 @@ class WorkerMeasurer:
     """Measures in a child process, and compiles in some others.
 
     factory   "module:function" that gives the target and its runtime, in the worker
-    compilers processes that compile at once; nothing is timed meanwhile
+    compilers processes that compile at once, the one that measures among them; nothing is
+              timed meanwhile
     """
 
     def __init__(
@@ -217,7 +218,9 @@ class WorkerMeasurer:
     ) -> None:
         self._child = Child(factory, target, variant)
         count = compilers or min(4, os.cpu_count() or 1)
-        self._compilers = [Child(factory, target, variant) for _ in range(count)]
+        # the one that measures has nothing else to do while others compile
+        others = [Child(factory, target, variant) for _ in range(count - 1)]
+        self._compilers = [self._child, *others]
 
     def prepare(self, problem: Problem) -> None:
         """Tell the workers."""
@@ -227,7 +230,7 @@ class WorkerMeasurer:
         }  # fmt: skip
         self._child.kill()
         self._child.problem = about
-        for child in self._compilers:
+        for child in self._compilers[1:]:
             child.kill()
             child.problem = about | {"m": 1, "n": 1, "k": problem.fmt.block}  # needs no inputs
 
@@ -253,7 +256,7 @@ class WorkerMeasurer:
 
     def measure(
         self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
-        max_error: float | None = None, prune: bool = True,
+        max_error: float | None = None, prune: bool = True, expect: float | None = None,
     ) -> Outcome:  # fmt: skip
         """Measure in the child."""
         begin = time.perf_counter()
@@ -261,7 +264,7 @@ class WorkerMeasurer:
             reply = self._child.request(
                 limit, "measure", candidate=candidate.as_dict(),
                 against=against.as_dict() if against else None,
-                seconds=seconds, max_error=max_error, prune=prune,
+                seconds=seconds, max_error=max_error, prune=prune, expect=expect,
             )  # fmt: skip
         except WorkerDied as died:
             reply = {"ok": False, "kind": died.kind, "reason": str(died)}
@@ -285,7 +288,7 @@ class WorkerMeasurer:
 
     def close(self) -> None:
         """End the processes."""
-        for child in (self._child, *self._compilers):
+        for child in self._compilers:
             child.kill()
 
 

@@ -77,7 +77,7 @@ class Replay:
 
     def measure(
         self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
-        max_error: float | None = None, prune: bool = True,
+        max_error: float | None = None, prune: bool = True, expect: float | None = None,
     ) -> Outcome:  # fmt: skip
         """What was recorded; beside what it is to be timed with, where that was recorded too."""
         self.asked.append(candidate.id)

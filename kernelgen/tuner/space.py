@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -152,13 +153,18 @@ class Space:
         return {one.id: one for one in self.legal}
 
 
-def explore(target: Target, caps: Capabilities, problem: Problem) -> Space:
-    """Go through all candidates of a problem."""
+def explore(
+    target: Target, caps: Capabilities, problem: Problem, only: AbstractSet[str] | None = None
+) -> Space:
+    """Go through all candidates of a problem.  `only`: ids of those that count as legal, instead
+    of what the device can run."""
     legal: list[Candidate] = []
     forbidden: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for one in every(target, problem):
         reason = refusal(one, caps)
+        if only is not None:
+            reason = None if one.id in only else "it is not among those given"
         if reason is None:
             legal.append(one)
             continue

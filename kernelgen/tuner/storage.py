@@ -134,7 +134,7 @@ def _own_file(name: str, resume: bool) -> Path:
     return place / f"{short}-{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
 
 
-def fastest(of: Device, measured: float | None) -> float | None:
+def fastest(of: Device, measured: float | None = None) -> float | None:
     """The most bytes that were ever read from a device's memory in a second, this time included: a
     busy machine is slower, and a roofline that is too low would end studies early."""
     path = cache.root() / "bandwidth.json"

@@ -8,6 +8,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -59,6 +60,7 @@ class Options:
     write      whether the winner is written to the cache
     record     whether trials are recorded, for replay
     trials     most candidates to measure, or None
+    prune      whether candidates that are clearly slower are given up early
     """
 
     budget: float = EFFORTS["normal"]
@@ -72,6 +74,7 @@ class Options:
     warm_start: bool = True
     batch: int = 2
     trials: int | None = None
+    prune: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Report:
     stopped: str = ""
     spent: float = 0.0
     trials: list[tuple[Candidate, Outcome]] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
     entry: Entry | None = None
     path: str | None = None
 
@@ -119,6 +123,11 @@ class Report:
     def failures(self) -> list[tuple[Candidate, Outcome]]:
         """Candidates that failed."""
         return [(c, o) for c, o in self.trials if o.status == FAILED]
+
+    def value(self, candidate: Candidate) -> float | None:
+        """Seconds of a candidate at the pace that the machine had when the study began: each was
+        timed in turns with the best before it, and these ratios are multiplied up."""
+        return self.values.get(candidate.id)
 
     def front(self) -> list[tuple[Candidate, Outcome]]:
         """Trials than which no other is both faster and more accurate, the fastest first."""
@@ -141,12 +150,15 @@ class Study:
         measurer: Measurer,
         options: Options | None = None,
         progress: Callable[[Status], None] = lambda status: None,
+        only: AbstractSet[str] | None = None,
     ) -> None:
+        """`only`: ids of the candidates to choose from, for what was recorded on another device;
+        by default all that are legal on this one."""
         self.options = options or Options()
         self._target, self._runtime, self._problem = target, runtime, problem
         self._measurer, self._progress = measurer, progress
         caps = runtime.capabilities()
-        self._space = space.explore(target, caps, problem)
+        self._space = space.explore(target, caps, problem, only)
         if not self._space.legal:
             raise TuningError(
                 f"{problem} has no legal configuration on this device: "
@@ -160,7 +172,7 @@ class Study:
         self._hash = space.walk_hash(default.walk, problem.fmt, target)
         self._rng = random.Random(self.options.seed)
         self._done: dict[str, Outcome] = {}
-        self._values: dict[str, float] = {}
+        self._values = self.report.values
         self._best: Candidate | None = None
         self._patience = _PATIENCE[1]
         self._recorder: Recorder | None = None
@@ -217,7 +229,7 @@ class Study:
                 self._note(self._space.by_id[text], outcome)
         nbytes = problem.n * problem.fmt.row_bytes(problem.k)
         if from_memory(nbytes):
-            wide = fastest(self.report.device, self._measurer.bandwidth())
+            wide = fastest(self.report.device) or self._bandwidth()
             self.report.roofline = nbytes / wide if wide else None
         default = self.report.default
         if default.id not in self._done:
@@ -295,8 +307,18 @@ class Study:
             and report.roofline
             and self._values[self._best.id] <= report.roofline * _NEAR_ROOFLINE
         ):
-            report.stopped = "the roofline is reached"
+            # measured once for the device, perhaps while others worked on it: ask again
+            wide = self._bandwidth()
+            if wide:
+                problem = self._problem
+                report.roofline = problem.n * problem.fmt.row_bytes(problem.k) / wide
+            if self._values[self._best.id] <= report.roofline * _NEAR_ROOFLINE:
+                report.stopped = "the roofline is reached"
         return bool(report.stopped)
+
+    def _bandwidth(self) -> float | None:
+        """Measured now, and remembered as the device's if no faster one is known."""
+        return fastest(self.report.device, self._measurer.bandwidth())
 
     def _ask(self, taken: set[str]) -> tuple[Any, Candidate] | None:
         """A trial for a candidate that was not measured yet; None where there is none."""
@@ -341,9 +363,10 @@ class Study:
         left = patience or max(0.3, self._end - time.perf_counter())
         outcome = self._measurer.measure(
             one, self._best, seconds=self._slice, limit=min(self._patience, left),
-            max_error=self.options.max_error,
+            max_error=self.options.max_error, prune=self.options.prune,
+            expect=self._values[self._best.id] if self._best else None,
         )  # fmt: skip
-        if outcome.kind == "hang" and left < min(self._patience, _PATIENCE[0]):
+        if outcome.kind == "hang" and left < self._patience:
             self._trials.skip(trial, "the budget ended")
             return
         self._tell(trial, one, outcome)
@@ -437,7 +460,7 @@ class Study:
             tuple({**_said(c, o.seconds), "rms_error": o.rms_error} for c, o in report.front()),
             len(report.trials), len(report.failures), report.spent,
             {"kernelgen": __version__, "python": platform.python_version(),
-             "numpy": np.__version__, "optuna": optuna.__version__},
+             **{m.__name__: m.__version__ for m in (np, optuna)}},
             datetime.now(UTC).isoformat(timespec="seconds"), platform.node(),
         )  # fmt: skip
 

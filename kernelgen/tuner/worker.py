@@ -48,6 +48,8 @@ _BURST = 0.004
 #: how much slower than the best a candidate may look while it is still measured, after how many
 #: turns
 _CLEARLY_SLOWER = ((1, 2.0), (3, 1.3), (5, 1.12))
+#: by how many times in its first call
+_HOPELESS = 4.0
 
 #: the factory of targets that are not made up
 STANDARD = "kernelgen.tuner.worker:standard"
@@ -126,8 +128,10 @@ class Worker:
         rounds: int = 15,
         max_error: float | None = None,
         prune: bool = True,
+        expect: float | None = None,
     ) -> dict[str, Any]:
-        """Check a candidate, then time it in turns with another, for about so many seconds."""
+        """Check a candidate, then time it in turns with another, for about so many seconds;
+        `expect`: seconds that a call of the other takes."""
         name, kernel, run = self._load(candidate)
         verdict = self._verdicts.get(name)
         if verdict is None:
@@ -136,21 +140,30 @@ class Worker:
             )
         if verdict.kind is not None:
             raise Failure(verdict.kind, verdict.reason or "")
-        other = self._load(against)[2] if against is not None else None
+        about = {"error": verdict.error, "bound": verdict.bound, "rms_error": verdict.rms_error}
+        for w in self._copies:
+            self.runtime.prepare(kernel, w)  # repacks or uploads what no other candidate did
+        run(self._sample.x, self._copies[0], self._out)
+        if prune and expect is not None:
+            # what is far too slow is not worth a second look, nor that of its rival
+            begin = time.perf_counter()
+            run(self._sample.x, self._copies[-1], self._out)
+            once = time.perf_counter() - begin
+            if once > _HOPELESS * expect:
+                return {"samples": [once], "against": [expect], "pruned": True, **about}
+        other = None
+        if against is not None:
+            _, rival, other = self._load(against)
+            for w in self._copies:
+                self.runtime.prepare(rival, w)
+            other(self._sample.x, self._copies[0], self._out)
         mine, theirs, pruned = self._time(run, other, seconds, rounds, prune)
-        return {
-            "samples": mine, "against": theirs, "pruned": pruned,
-            "error": verdict.error, "bound": verdict.bound, "rms_error": verdict.rms_error,
-        }  # fmt: skip
+        return {"samples": mine, "against": theirs, "pruned": pruned, **about}
 
     def _time(
         self, run: gate.Run, other: gate.Run | None, seconds: float, rounds: int, prune: bool
     ) -> tuple[list[float], list[float], bool]:
         """Medians of bursts of both, in turns; and whether the first was given up as slower."""
-        for one in (run, other):
-            if one is not None:
-                for w in self._copies:  # repacks or uploads all of them, and is not timed
-                    one(self._sample.x, w, self._out)
         mine: list[float] = []
         theirs: list[float] = []
         end = time.perf_counter() + seconds

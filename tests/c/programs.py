@@ -56,6 +56,9 @@ class ProgramRuntime:
     def available(self) -> str | None:
         return None
 
+    def how(self) -> str:
+        return "emulated" if self.runner else "run"
+
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
@@ -84,12 +87,12 @@ class ProgramRuntime:
         if "prepare" not in kernel.needs:
             return w.data
         key = ("program", self._capabilities.lanes, self.compiler, self.instructions)
-        if key not in w.prepared:
+        tiles: Array | None = w.prepared.get(key)
+        if tiles is None:
             (n, k), lanes = w.shape, self._capabilities.lanes
             tiles = np.empty(-(-n // lanes) * lanes * w.format.row_bytes(k), np.uint8)
             self.call(kernel.needs["prepare"], w.data, tiles, n, k)
             w.prepared[key] = tiles
-        tiles = w.prepared[key]
         return tiles
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:

@@ -287,25 +287,30 @@ def test_without_openmp(
     assert problems(fresh(), ["q4_K"], ["dequantize", "quantize", "matvec"]) == []
 
 
-def test_a_compiler_is_tried_once(counted: Callable[[], list[str]], empty_cache: Path) -> None:
+def test_a_compiler_is_tried_once(
+    counted: Callable[[], list[str]], empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Later processes know what it can do, unless it changes."""
     found = compiler.find_compiler()
     assert isinstance(found, compiler.Compiler)
     assert found.openmp
     assert len(list(empty_cache.glob("compiler-*.json"))) == 1
-    compiler.find_compiler.cache_clear()
+
     tried: list[tuple[str, ...]] = []
     original = compiler._try_compiler
-    compiler._try_compiler = lambda command: tried.append(command) or original(command)  # type: ignore[func-returns-value,assignment]
-    try:
-        assert compiler.find_compiler() == found
-        assert not tried
-        os.utime(found.command[0], (1, 1))
-        compiler.find_compiler.cache_clear()
-        assert compiler.find_compiler() == found
-        assert len(tried) == 1
-    finally:
-        compiler._try_compiler = original
+
+    def trying(command: tuple[str, ...]) -> compiler.Compiler | None:
+        tried.append(command)
+        return original(command)
+
+    monkeypatch.setattr(compiler, "_try_compiler", trying)
+    compiler.find_compiler.cache_clear()
+    assert compiler.find_compiler() == found
+    assert tried == []
+    os.utime(found.command[0], (1, 1))
+    compiler.find_compiler.cache_clear()
+    assert compiler.find_compiler() == found
+    assert tried == [found.command]
 
 
 # ---- weights --------------------------------------------------------------------------------

@@ -79,7 +79,12 @@ extern "C" __global__ void weak_wait(const float* x, float* y) {
 }
 
 extern "C" __global__ void misaligned(const float* x, float* y) {
-    float2 v = *reinterpret_cast<const float2*>(x + 1);  // BUG
+    unsigned long long v = *reinterpret_cast<const unsigned long long*>(x + 1);  // BUG
+    y[threadIdx.x] = v;
+}
+
+extern "C" __global__ void misaligned_vector(const float* x, float* y) {
+    float4 v = *reinterpret_cast<const float4*>(x + 2);  // BUG
     y[threadIdx.x] = v.x + v.y;
 }
 
@@ -98,7 +103,7 @@ extern "C" __global__ void asserts(const float* x, float* y) {
     y[threadIdx.x] = 0;
 }
 
-extern "C" __global__ void too_much_stack(const float* x, float* y) {  // BUG
+extern "C" __global__ void too_much_stack(const float* x, float* y) {
     volatile char big[400000];
     for (int i = 0; i < 400000; i += 1000) big[i] = 1;
     y[threadIdx.x] = big[0] + x[0];

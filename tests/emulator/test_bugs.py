@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernelgen.emulator import Emulator, EmulatorError, Report, emulate
+from kernelgen.emulator.compiler import cxx
 from tests.emulator.tools import needs_compiler
 
 pytestmark = needs_compiler
@@ -27,6 +28,7 @@ BUGS = {
 }
 CHECKED_ONLY = {
     "misaligned": "misaligned",
+    "misaligned_vector": "misaligned",
     "shared_out_of_bounds": "bounds",
 }
 
@@ -68,6 +70,8 @@ def test_a_plain_run_finds(bugs: Emulator, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", [*BUGS, *CHECKED_ONLY])
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 def test_a_checked_run_finds_in_any_order(bugs: Emulator, kernel: str, order: str) -> None:
+    if kernel == "misaligned_vector" and cxx().family == "clang":
+        pytest.skip("clang does not check the alignment of structs that are copied whole")
     report = run(bugs, kernel, sanitize=True, order=order)
     check(report, kernel, (BUGS | CHECKED_ONLY)[kernel])
 
@@ -104,13 +108,17 @@ def test_a_canary_sees_what_a_plain_run_writes_behind_shared_memory(bugs: Emulat
         ("hang", "hang", "0.4 seconds"),
         ("unknown_instruction", "instruction", '"wgmma.fence.sync.aligned"'),
         ("asserts", "trap", "x[threadIdx.x] < 63"),
-        ("too_much_stack", "overflow", "stack"),
     ],
 )
 def test_other_ends_of_a_kernel(bugs: Emulator, kernel: str, kind: str, words: str) -> None:
     report = run(bugs, kernel, seconds=0.4, order="forward")
     check(report, kernel, kind)
     assert words in report.findings[0].message
+
+
+def test_a_stack_that_is_used_up(bugs: Emulator) -> None:
+    """It happens before the function's first line."""
+    assert run(bugs, "too_much_stack").kinds() == {"overflow"}
 
 
 def test_a_race_between_blocks_is_seen_by_its_result(bugs: Emulator) -> None:

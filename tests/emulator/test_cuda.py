@@ -72,9 +72,7 @@ def test_blocks_that_wait_for_each_other(cuda: Emulator, sanitize: bool, workers
     """Also if later blocks begin first, and in several processes: all blocks are resident."""
     turn, values = np.zeros(1, np.int32), np.zeros(20, np.int32)
     drawn = np.zeros(20, np.uint32)
-    report = cuda.run(
-        "in_turn", 20, 64, [turn, values, drawn], workers=workers, sanitize=sanitize
-    )
+    report = cuda.run("in_turn", 20, 64, [turn, values, drawn], workers=workers, sanitize=sanitize)
     assert report.ok, report
     np.testing.assert_array_equal(values, np.arange(1, 21).cumsum())
     assert drawn.all()
@@ -120,7 +118,9 @@ def test_integers(cuda: Emulator) -> None:
     bytes_a, bytes_b = (v.view(np.int8).reshape(-1, 4).astype(int) for v in (a, b))
     np.testing.assert_array_equal(y[:, 0], (bytes_a * bytes_b).sum(1) + 7)
     both = np.concatenate([a.view(np.uint8).reshape(-1, 4), b.view(np.uint8).reshape(-1, 4)], 1)
-    np.testing.assert_array_equal(y[:, 1].copy().view(np.uint8).reshape(-1, 4), both[:, [1, 2, 5, 6]])
+    np.testing.assert_array_equal(
+        y[:, 1].copy().view(np.uint8).reshape(-1, 4), both[:, [1, 2, 5, 6]]
+    )
     want = np.clip(bytes_a - bytes_b, -128, 127).astype(np.int8)
     np.testing.assert_array_equal(y[:, 2].copy().view(np.int8).reshape(-1, 4), want)
 

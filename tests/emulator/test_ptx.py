@@ -98,7 +98,9 @@ class Mma:
 
     def words(self, operand: str) -> int:
         """32-bit registers of an operand in each lane."""
-        elements = {"a": self.m * self.k, "b": self.k * 8, "c": self.m * 8, "d": self.m * 8}[operand]
+        elements = {"a": self.m * self.k, "b": self.k * 8, "c": self.m * 8, "d": self.m * 8}[
+            operand
+        ]
         return elements * BITS[getattr(self, operand)] // 32 // 32
 
     def text(self) -> str:
@@ -274,7 +276,8 @@ PLAIN: dict[str, tuple[str, Model, str]] = {
     "mul_lo": ("mul.lo.s32 %0, %1, %2;", lambda a, b, c: a * b, "bits"),
     "mul_hi_u": ("mul.hi.u32 %0, %1, %2;",
                  lambda a, b, c: low(a.astype(np.uint64) * b >> 32), "bits"),
-    "mul_hi_s": ("mul.hi.s32 %0, %1, %2;", lambda a, b, c: low(signed(a) * signed(b) >> 32), "bits"),
+    "mul_hi_s": ("mul.hi.s32 %0, %1, %2;",
+                 lambda a, b, c: low(signed(a) * signed(b) >> 32), "bits"),
     "mad_lo": ("mad.lo.u32 %0, %1, %2, %3;", lambda a, b, c: a * b + c, "bits"),
     "min_s": ("min.s32 %0, %1, %2;", lambda a, b, c: low(np.minimum(signed(a), signed(b))), "bits"),
     "max_u": ("max.u32 %0, %1, %2;", lambda a, b, c: np.maximum(a, b), "bits"),
@@ -341,7 +344,7 @@ def _rounded(words: np.ndarray) -> np.ndarray:
 
 def plain_text(name: str) -> str:
     # quoted line by line, as people write it
-    lines = "\\n\"\n      \"".join(PLAIN[name][0].split("\n"))
+    lines = '\\n"\n      "'.join(PLAIN[name][0].split("\n"))
     return (
         f'extern "C" __global__ void plain_{name}(const unsigned* a, const unsigned* b,\n'
         f"    const unsigned* c, unsigned* d) {{\n  int i = threadIdx.x;\n"
@@ -376,9 +379,11 @@ extern "C" __global__ void late(const float* x, float* y) {
     __shared__ float a[32], b[32];
     int t = threadIdx.x;
     a[t] = b[t] = -1;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(SHARED_ADDRESS(a + t)), "l"(x + t));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :: "r"(SHARED_ADDRESS(a + t)), "l"(x + t));
     asm volatile("cp.async.commit_group;");
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(SHARED_ADDRESS(b + t)), "l"(x + t));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :: "r"(SHARED_ADDRESS(b + t)), "l"(x + t));
     asm volatile("cp.async.commit_group;");
     y[t] = a[t];
     asm volatile("cp.async.wait_group %0;" :: "n"(1) : "memory");
@@ -421,7 +426,6 @@ extern "C" __global__ void shuffles(const unsigned* x, unsigned* y) {
     y[96 + t] = v;
 }
 """
-
 
 
 def ldmatrix_text(count: int, trans: bool) -> str:

@@ -22,7 +22,7 @@ from kernelgen.config import RowTileConfig
 from kernelgen.errors import ShapeError, TuningError
 from kernelgen.ir import formats
 from kernelgen.targets.base import Runtime, Target
-from kernelgen.tuner import cache, lookup, samplers, space
+from kernelgen.tuner import cache, lookup, page, samplers, space
 from kernelgen.tuner.cache import Entry, Key
 from kernelgen.tuner.device import Device, of
 from kernelgen.tuner.measure import FAILED, OK, PRUNED, Child, Outcome, WorkerDied, WorkerMeasurer
@@ -30,6 +30,7 @@ from kernelgen.tuner.replay import Recorder, Replay, read
 from kernelgen.tuner.space import Candidate, Problem
 from kernelgen.tuner.study import Options, Report, Status, Study
 from tests.tuner import made_up_target
+from tests.tuner.made_up_target import BadConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 Q8 = formats.get("q8_0")
@@ -125,10 +126,9 @@ def test_bad_candidates_are_recorded_and_the_study_ends_in_time(
     seen: list[Status] = []
     begin = time.perf_counter()
     problem = dataclasses.replace(SMALL, precision="int8")
-    options = Options(budget=20, sampler="random")
+    options = Options(budget=60, sampler="random")
     report = Study(target, runtime, problem, measurer, options, seen.append).run()
-    spent = time.perf_counter() - begin
-    assert spent < options.budget + 3
+    assert time.perf_counter() - begin < options.budget
     assert report.stopped == "everything was tried"
     by_kind = {one.config.as_dict()["kind"]: (one, o) for one, o in report.trials}
     expected = {
@@ -157,12 +157,27 @@ def test_bad_candidates_are_recorded_and_the_study_ends_in_time(
     assert failures == sorted((one.id, o.reason) for one, o in report.failures)
 
 
+def test_a_budget_is_kept_whatever_candidates_do(made_up: tuple[Target, Runtime]) -> None:
+    target, runtime = made_up
+    names = {
+        one.id for one in space.explore(target, runtime.capabilities(), SMALL).legal
+        if one.config.as_dict()["kind"] in ("loops", "slow") or one.config == BadConfig()
+    }  # fmt: skip
+    measurer = WorkerMeasurer(target.name, factory=made_up_target.FACTORY, compilers=1)
+    begin = time.perf_counter()
+    options = Options(budget=4, record=False)
+    report = Study(target, runtime, SMALL, measurer, options, only=names).run()
+    # the default is always waited for, and processes take their time to start on a busy machine
+    assert time.perf_counter() - begin < 20
+    assert report.stopped and report.entry is not None
+
+
 def test_a_worker_starts_again_after_it_died(made_up: tuple[Target, Runtime]) -> None:
     child = Child(made_up_target.FACTORY, "made up")
     try:
         child.problem = {"format": "q8_0", "m": 1, "n": 4, "k": 32, "precision": "auto"}
         target, _ = made_up
-        config = made_up_target.BadConfig("loops")
+        config = BadConfig("loops")
         bad = Candidate(space.walks(target, SMALL)[0], config).as_dict()
         with pytest.raises(WorkerDied, match="no answer"):
             child.request(0.3, "measure", candidate=bad)
@@ -467,3 +482,20 @@ def test_configs_of_a_class_keep_their_names() -> None:
     one = explored.legal[0]
     assert isinstance(one, Candidate) and explored.by_id[one.id] is one
     assert Recorder and json.loads(one.id)["config"] == one.config.as_dict()
+
+
+def test_a_page_tells_the_story_of_a_study(made_up: tuple[Target, Runtime], tmp_path: Path) -> None:
+    outcomes = recorded(*made_up, SMALL, nan=Outcome(FAILED, "nan", "1 result is <NaN>"))
+    report = study(made_up, outcomes, write=False)
+    path = tmp_path / "report.html"
+    page.write(path, [("made up", report)])
+    text = path.read_text()
+    assert "&lt;NaN&gt;" in text and "<NaN>" not in text
+    assert text.count('class="failed"') == len(report.failures) and 'class="best"' in text
+    assert "http" not in text.replace("http-equiv", "")
+    assert page.importance(report)["kind"] > 0.2
+
+
+def test_presets_that_are_shipped_can_be_read() -> None:
+    for path in cache.presets().glob("*.jsonl"):
+        assert [text for _, text, one in cache.lines(path) if isinstance(one, str)] == []

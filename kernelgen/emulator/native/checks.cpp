@@ -230,21 +230,29 @@ static Where caller(const void *address) {
     return {0, offset ? offset - 1 : 0};
 }
 
+// The compiler says which accesses it takes to be aligned; to 8 bytes is enough for it.
+static void check_aligned(const void *p, size_t bytes, Where where) {
+    size_t alignment = bytes < 8 ? bytes : 8;
+    if (emu_self && reinterpret_cast<uintptr_t>(p) % alignment)
+        report("misaligned", where, {}, self(), "address %p is not a multiple of %zu, as an "
+               "access to %zu bytes needs", p, alignment, bytes);
+}
+
 #define EMU_HOOK(name, bytes, how)                                                                 \
-    void __tsan_##name(void *p) {                                                                  \
+    void __tsan_unaligned_##name(void *p) {                                                        \
         check_access(p, bytes, how, caller(__builtin_return_address(0)));                          \
+    }                                                                                              \
+    void __tsan_##name(void *p) {                                                                  \
+        Where where = caller(__builtin_return_address(0));                                         \
+        check_aligned(p, bytes, where);                                                            \
+        check_access(p, bytes, how, where);                                                        \
     }
 #define EMU_HOOKS(n)                                                                               \
     EMU_HOOK(read##n, n, EMU_READ)                                                                 \
     EMU_HOOK(write##n, n, EMU_WRITE)                                                               \
-    EMU_HOOK(unaligned_read##n, n, EMU_READ)                                                       \
-    EMU_HOOK(unaligned_write##n, n, EMU_WRITE)                                                     \
     EMU_HOOK(volatile_read##n, n, EMU_ATOMIC)                                                      \
     EMU_HOOK(volatile_write##n, n, EMU_ATOMIC)                                                     \
-    EMU_HOOK(unaligned_volatile_read##n, n, EMU_ATOMIC)                                            \
-    EMU_HOOK(unaligned_volatile_write##n, n, EMU_ATOMIC)                                           \
-    EMU_HOOK(read_write##n, n, EMU_WRITE)                                                          \
-    EMU_HOOK(unaligned_read_write##n, n, EMU_WRITE)
+    EMU_HOOK(read_write##n, n, EMU_WRITE)
 EMU_HOOKS(1)
 EMU_HOOKS(2)
 EMU_HOOKS(4)

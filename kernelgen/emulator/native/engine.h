@@ -41,6 +41,7 @@ enum { EMU_BALLOT, EMU_ANY, EMU_ALL, EMU_MATCH_ANY, EMU_MATCH_ALL, EMU_FIRST };
 uint64_t emu_vote(int kind, uint64_t mask, uint64_t value, int line);
 enum { EMU_REDUCE, EMU_INCLUSIVE, EMU_EXCLUSIVE }; // `op` is EMU_ADD, EMU_MIN...
 uint64_t emu_subgroup_reduce(int kind, int op, int type, uint64_t mask, uint64_t value, int line);
+void emu_multiply8(float *sum, float a0, float a1, float b0, float b1, int line);
 void emu_subgroup_barrier(uint64_t mask, int line);
 
 // Barrier `id` of `count` threads; 0 means all of the block.  `strict` demands that all wait on the

@@ -260,7 +260,8 @@ static void look_into_library(void *library, void *inside, bool in_worker) {
 #if !defined(__APPLE__)
     Module module;
     module.inside = uintptr_t(inside);
-    module.share = !in_worker;
+    // shared memory that is not a thread's own must stay a process's own
+    module.share = !in_worker && !world.static_bytes;
     dl_iterate_phdr(visit_module, &module);
     world.code_base = module.base;
     world.code_end = module.end;

@@ -157,6 +157,10 @@ uint16_t emu_to_bf16(double value) {
 
 float emu_from_bf16(uint16_t bits) { return as<float>(uint64_t(bits) << 16); }
 
+// What clang calls for bfloat, and older runtime libraries lack; a 16-bit float travels as one.
+_Float16 __truncsfbf2(float value) { return as<_Float16>(emu_to_bf16(double(value))); }
+_Float16 __truncdfbf2(double value) { return as<_Float16>(emu_to_bf16(value)); }
+
 void emu_print(const char *format, ...) {
     va_list args;
     va_start(args, format);

@@ -84,6 +84,28 @@ void reduce(EmuOp *const *ops, uint64_t, int size) {
         if (ops[l] && lane(ops, l).kind == EMU_REDUCE) lane(ops, l).result = sum;
 }
 
+struct Multiply : EmuOp {
+    float *sum, a[2], b[2];
+};
+
+// Lane l has elements 2*(l%4) and the next of row l/4.
+void multiply8(EmuOp *const *ops, uint64_t mask, int) {
+    if (mask != 0xffffffff)
+        emu_fail("mask", ops[__builtin_ctzll(mask)]->line,
+                 "a product of matrices needs all 32 lanes, but only 0x%llx take part",
+                 static_cast<unsigned long long>(mask));
+    float a[8][8], b[8][8];
+    auto part = [&](int l) -> Multiply & { return *static_cast<Multiply *>(ops[l]); };
+    for (int l = 0; l < 32; l++)
+        for (int i = 0; i < 2; i++) {
+            a[l / 4][l % 4 * 2 + i] = part(l).a[i];
+            b[l / 4][l % 4 * 2 + i] = part(l).b[i];
+        }
+    for (int l = 0; l < 32; l++)
+        for (int i = 0; i < 2; i++)
+            for (int k = 0; k < 8; k++) part(l).sum[i] += a[l / 4][k] * b[k][l % 4 * 2 + i];
+}
+
 void nothing(EmuOp *const *, uint64_t, int) {}
 
 } // namespace
@@ -117,6 +139,20 @@ uint64_t emu_subgroup_reduce(int kind, int what, int type, uint64_t mask, uint64
     op.type = type;
     op.value = value;
     return run(op, reduce, "a reduction", mask, line);
+}
+
+// sum += a * b of 8 x 8 matrices, of which each lane has two elements
+void emu_multiply8(float *sum, float a0, float a1, float b0, float b1, int line) {
+    Multiply op;
+    op.mask = 0;
+    op.run = multiply8;
+    op.site = nullptr;
+    op.name = "a product of matrices";
+    op.line = line;
+    op.orders_memory = false;
+    op.sum = sum;
+    op.a[0] = a0, op.a[1] = a1, op.b[0] = b0, op.b[1] = b1;
+    emu_subgroup(&op);
 }
 
 void emu_subgroup_barrier(uint64_t mask, int line) {

@@ -34,9 +34,15 @@ _RESERVED = frozenset(
 )
 
 
+#: 255 * 127 * 65536 is below 2^31
+_LARGEST_GROUP = 65536
+
+
 def _integer_codes(fmt: BlockFormat) -> str | None:
     if fmt.float_codes:
         return f"elements of {fmt.name} are floats, which have no integer dot product"
+    if fmt.group > _LARGEST_GROUP:
+        return f"sums over groups of {fmt.group} may need more than 32 bits"
     return None
 
 

@@ -136,11 +136,12 @@ GATHER(gather_i32, int32_t, i32v)
 GATHER(gather_u8, uint8_t, i32v)
 GATHER(gather_i8, int8_t, i32v)
 
-#define each_row(function, x)                                       \
-    ({                                                              \
-        f32v y_ = x;                                                \
+// A function of one float, for each row.
+#define each_row(function, x)                                           \
+    ({                                                                  \
+        f32v y_ = x;                                                    \
         for (int n = 0; n < LANES; n++) y_[n] = (float)function(y_[n]); \
-        y_;                                                         \
+        y_;                                                             \
     })
 
 // Four fields of so many bits that follow one another in x go to the bottom of a byte each.

@@ -25,6 +25,8 @@ TARGET = Target(
     globals=simt.template_globals(OpenCLWords()) | {"words": "words.cl"},
     reserved=simt.RESERVED | _KEYWORDS,
     feature_names={
-        "fp16": "", "subgroups": "cl_khr_subgroups", "dot": "cl_khr_integer_dot_product",
-    },  # fmt: skip
+        "fp16": "",
+        "subgroups": "cl_khr_subgroups",
+        "dot": "cl_khr_integer_dot_product",
+    },
 )

@@ -32,7 +32,10 @@ MEMORY = Dialect(
         "min": "min({a}, {b})",
         "max": "max({a}, {b})",
         "call.abs": "fabs({x})",
-        **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf")},
+        **{
+            f"call.{n}": f"{n}({{x}})"
+            for n in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf")
+        },
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",

@@ -36,7 +36,9 @@ class OpenCLDriver:
         """A buffer with the bytes of an array."""
         flags = self._cl.mem_flags
         return self._cl.Buffer(
-            self._context, flags.READ_ONLY | flags.COPY_HOST_PTR, hostbuf=np.ascontiguousarray(array)
+            self._context,
+            flags.READ_ONLY | flags.COPY_HOST_PTR,
+            hostbuf=np.ascontiguousarray(array),
         )
 
     def empty(self, nbytes: int) -> Buffer:
@@ -120,7 +122,7 @@ class OpenCLRuntime(DeviceRuntime):
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """Every OpenCL device of the machine."""
+        """Every OpenCL device of the machine, the one that kernels run on first."""
         return [
             {
                 "device": d.name.strip(),
@@ -134,7 +136,7 @@ class OpenCLRuntime(DeviceRuntime):
                 **_features(d),
                 "threads_multiple": _threads_multiple(d),
             }
-            for d in _devices()
+            for d in sorted(_devices(), key=lambda one: one != find_device())
         ]
 
 

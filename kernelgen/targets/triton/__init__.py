@@ -242,10 +242,10 @@ TARGET = Target(
     dialects={"tensors": TENSORS, "numbers": UNROLLED},
     capabilities=Capabilities(shared_bytes=65536),
     globals={
-        "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "factor": _factor, "sum_of": _sum_of,
-        "dense": _dense, "depth_of": depth_of,
-        "dtypes": _DTYPES, "groups_of": groups_of, "items_of": items_of,
-        "meaning": _meaning, "padded": padded, "prose": _prose, "statement": statement,
-        "unbiased": _unbiased, "unrolls": unrolls, "whole_offset": _whole_offset,
+        "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "dense": _dense,
+        "depth_of": depth_of, "dtypes": _DTYPES, "factor": _factor, "groups_of": groups_of,
+        "items_of": items_of, "meaning": _meaning, "padded": padded, "prose": _prose,
+        "statement": statement, "sum_of": _sum_of, "unbiased": _unbiased, "unrolls": unrolls,
+        "whole_offset": _whole_offset,
     },
 )  # fmt: skip

@@ -8,7 +8,7 @@ zero and so serve only where nothing is negative; a >> follows the sign of what 
 
 from __future__ import annotations
 
-from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, const, rebuild, walk
+from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, rebuild, walk
 from kernelgen.ir.ranges import fits, interval
 from kernelgen.ir.rules import simplify
 from kernelgen.targets.base import ATOM, Dialect, Printer, varies
@@ -26,6 +26,8 @@ class TensorPrinter(Printer):
         op, args = expr.op, expr.args
         if op == "cast":
             return self._cast(expr)
+        if op == "bitcast" and not varies(args[0]):
+            return f"tl.cast({self(args[0])}, tl.{_TYPES[expr.dtype]}, bitcast=True)", ATOM
         if op == "fetch":
             return self._fetch(expr), ATOM
         if op == "element":  # a word that the walk has already loaded
@@ -53,8 +55,7 @@ class TensorPrinter(Printer):
 
     def _fetch(self, expr: Expr) -> str:
         """A load of one element or, where the address is not aligned, of its parts."""
-        (address,), (storage, unit) = expr.args, expr.attr
-        at, index = address.args if address.op == "+" else (address, const(0, I32))
+        (at, index), (storage, unit) = expr.args, expr.attr
         pointers = []
         for part in range(storage.nbytes // unit):
             text = self._bracketed(simplify(index + part))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,7 +25,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
 
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
@@ -91,6 +92,15 @@ def find_device() -> Device | str:
     return Device("cuda")
 
 
+@dataclass(frozen=True)
+class Program:
+    """A kernel as a function of Triton's, and the types of the tensors that it takes."""
+
+    kernel: Kernel
+    function: Any
+    dtypes: tuple[Any, ...]
+
+
 class TorchDriver:
     """Memory and launches of torch's current GPU, or of the interpreter (see
     kernelgen.targets.device.Driver)."""
@@ -127,28 +137,46 @@ class TorchDriver:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()
 
-    def program(self, kernel: Kernel) -> Any:
-        """The kernel's function, the types of its tensors, and how it is launched."""
-        function = getattr(load(kernel.source, kernel.entry), kernel.entry)
-        dtypes = [self._dtypes[a.dtype] for a in kernel.arguments if a.role != "size"]
-        return function, dtypes, options(kernel)
+    def program(self, kernel: Kernel) -> Program:
+        """The kernel; it is compiled by its first launch, and for each kind of sizes again."""
+        function = getattr(load(kernel.source, file_of(kernel)), kernel.entry)
+        dtypes = tuple(self._dtypes[a.dtype] for a in kernel.arguments if a.role != "size")
+        return Program(kernel, function, dtypes)
 
     def launch(
         self,
-        program: Any,
+        program: Program,
         groups: tuple[int, int],
         threads: int,
         buffers: Sequence[Buffer],
         sizes: Sequence[int],
     ) -> None:
         """Start a grid."""
-        function, dtypes, launch_options = program
-        tensors = [b.view(dtype) for b, dtype in zip(buffers, dtypes, strict=True)]
-        if not self._device.interpreted:
-            function[groups](*tensors, *sizes, **launch_options)
-            return
-        with _interpreting, np.errstate(all="ignore"):
-            function[groups](*tensors, *sizes)
+        from triton.errors import TritonError
+
+        tensors = [b.view(dtype) for b, dtype in zip(buffers, program.dtypes, strict=True)]
+        start = program.function[groups]
+        try:
+            if self._device.interpreted:
+                with _interpreting, np.errstate(all="ignore"):
+                    start(*tensors, *sizes)
+            else:
+                start(*tensors, *sizes, **options(program.kernel))
+        except TritonError as error:
+            message, line = _explained(error, program.kernel.source, file_of(program.kernel))
+            raise rejected("triton", program.kernel, message, line) from error
+
+
+def _explained(error: Exception, source: str, file: str) -> tuple[str, int | None]:
+    """What Triton says, and the line of the source that it says it about."""
+    message = getattr(error, "error_message", None) or str(error)
+    node = getattr(error, "node", None)  # of the compiler, which counts from the function's head
+    if node is not None and hasattr(node, "lineno"):
+        above = source[: source.index("\ndef ") + 1].count("\n")
+        return message, above + int(node.lineno)
+    cause = error.__cause__  # of the interpreter
+    frames = traceback.extract_tb(cause.__traceback__ if cause else None)
+    return message, next((f.lineno for f in reversed(frames) if f.filename == file), None)
 
 
 def options(kernel: Kernel) -> dict[str, Any]:
@@ -160,9 +188,13 @@ def options(kernel: Kernel) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load(source: str, name: str) -> ModuleType:
+def file_of(kernel: Kernel) -> str:
+    """What tracebacks call the kernel's source."""
+    return f"<kernelgen {kernel.entry} {kernel.hash}>"
+
+
+def load(source: str, file: str) -> ModuleType:
     """Generated source as a module.  Triton reads a function's text back, as tracebacks do."""
-    file = f"<kernelgen {name} {hash(source) & 0xFFFFFFFF:08x}>"
     # entries without a time of change are never looked for on disk
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = ModuleType(file)
@@ -305,14 +337,17 @@ def compile_all(
             assert process.stdin and process.stdout and process.stderr
             feeder = threading.Thread(target=_feed, args=(process.stdin, sent))
             messages: list[str] = []
-            reader = threading.Thread(target=lambda: messages.append(process.stderr.read()))
-            feeder.start(), reader.start()
+            stderr = process.stderr
+            reader = threading.Thread(target=lambda: messages.append(stderr.read()))
+            feeder.start()
+            reader.start()
             for line in process.stdout:
                 answer = json.loads(line)
                 result.append(answer["error"] if "error" in answer else Binary(**answer))
                 if progress is not None:
                     progress(len(result))
-            feeder.join(), reader.join()
+            feeder.join()
+            reader.join()
     died = f"the compiler ended early: {''.join(messages).strip()[-2000:]}"
     return result + [died] * (len(asked) - len(result))
 
@@ -336,8 +371,8 @@ def _request(kernel: Kernel, gpu: str) -> dict[str, Any]:
         a.name: "i32" if a.role == "size" else _POINTERS[a.dtype] for a in kernel.arguments
     }
     return {
-        "gpu": gpu, "source": kernel.source, "entry": kernel.entry, "signature": signature,
-        "options": options(kernel),
+        "gpu": gpu, "source": kernel.source, "file": file_of(kernel), "entry": kernel.entry,
+        "signature": signature, "options": options(kernel),
     }  # fmt: skip
 
 
@@ -345,16 +380,21 @@ def _serve() -> None:
     """The other process: a request a line, an answer a line."""
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
+        request = json.loads(line)
         try:
-            answer = _compile(**json.loads(line))
+            answer = _compile(**request)
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            message, at = _explained(error, request["source"], request["file"])
+            text = request["source"].splitlines()[at - 1].strip() if at else ""
+            where = f" at line {at}: {text}" if at else ""
+            answer = {"error": " ".join(f"{type(error).__name__}: {message}".split()) + where}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _compile(
-    gpu: str, source: str, entry: str, signature: dict[str, str], options: dict[str, Any]
-) -> dict[str, Any]:
+    gpu: str, source: str, file: str, entry: str, signature: dict[str, str],
+    options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -363,11 +403,13 @@ def _compile(
     target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, _WARPS[kind])
     # as a launch finds it: allocations are aligned, and sizes are multiples of 16
     attributes = {(n,): [["tt.divisibility", 16]] for n in range(len(signature))}
-    function = getattr(load(source, entry), entry)
+    function = getattr(load(source, file), entry)
     made = triton.compile(
         ASTSource(function, signature, attrs=attributes), target=target, options=options
     )
     binary, text = ("cubin", "ptx") if kind == "cuda" else ("hsaco", "amdgcn")
+    if "\ttrap;" in made.asm[text]:  # what is left of a kernel that Triton could not compile
+        raise CompileError("the compiler gave up, as it does where a GPU's memory is too small")
     return {
         "gpu": gpu, "kind": binary, "size": len(made.asm[binary]),
         "shared": made.metadata.shared, "assembly": made.asm[text],

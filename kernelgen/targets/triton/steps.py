@@ -138,10 +138,10 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
         codes, bias = codes ^ splat(0x80), bias - 128
     scale = None if fmt.scale is None else lower(fmt.scale_expr(g))
     offset = None if fmt.offset is None else lower(fmt.offset_expr(g))
-    codes, words = _named_words(lower(codes))
+    lowered, words = _named_words(lower(codes))
     reasons = (packed.scalar_because,) if packed.scalar_because else ()
     return TensorSteps(
-        fmt, tuple(pointers.values()), scale, offset, bias, words, codes, of_index, None, reasons
+        fmt, tuple(pointers.values()), scale, offset, bias, words, lowered, of_index, None, reasons
     )
 
 
@@ -152,8 +152,7 @@ def _named_words(expr: Expr | None) -> tuple[Expr | None, tuple[tuple[str, Expr]
     def change(node: Expr) -> Expr | None:
         if node.op != "fetch" or node.attr[1] == 4 or node.attr[0].name != "u32":
             return None
-        pointer = node.args[0].args[0] if node.args[0].args else node.args[0]
-        stem = pointer.attr[0].removesuffix("_at") + "_word"
+        stem = node.args[0].attr[0].removesuffix("_at") + "_word"
         same = sum(name.startswith(stem) for name in names.values())
         name = names.setdefault(node, f"{stem}{same + 1}" if same else stem)
         return element(name, const(0, I32))
@@ -270,7 +269,7 @@ def _inside(expr: Expr, fmt: BlockFormat, unrolled: bool) -> Expr:
 def _pointed(
     expr: Expr, fmt: BlockFormat, layout: Layout, pointers: dict[str, Pointer]
 ) -> Expr:  # fmt: skip
-    """Loads replaced by fetches from a pointer of the walk and a number of its elements."""
+    """Loads replaced by fetches: from a pointer of the walk, and how many of its elements on."""
 
     def change(node: Expr) -> Expr | None:
         if node.op not in ("load", "word"):
@@ -289,8 +288,7 @@ def _pointed(
             pointers[name] = _pointer(fmt, layout, one, name, dtype, unit)
         index = simplify(node.args[0] * (storage.nbytes // unit))
         at = var(pointers[name].at, 1 << 31)
-        whole = at if index.op == "const" and index.attr == 0 else Expr("+", I32, (at, index))
-        return Expr("fetch", node.dtype, (whole,), (storage, unit))
+        return Expr("fetch", node.dtype, (at, index), (storage, unit))
 
     return transform(expr, change)
 

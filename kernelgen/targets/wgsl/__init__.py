@@ -10,9 +10,9 @@ from kernelgen.targets.wgsl.dialect import MEMORY, WgslWords
 _KEYWORDS = frozenset(
     "alias array atomic bitcast bool break case const const_assert continue continuing default"
     " diagnostic discard else enable f16 f32 false fn for function groups i32 if let loop local_id"
-    " group_id override private ptr read return sizes storage struct switch texture true u32 uniform"
-    " var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest spread1 pack_bytes"
-    " u8_at i8_at u16_at u32_at f16_at f32_bits bits_f32 new self this".split()
+    " group_id override private ptr read return sizes storage struct switch texture true u32"
+    " uniform var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest spread1"
+    " pack_bytes load_u8 load_i8 load_u16 load_u32 load_f16 f32_bits bits_f32 new self this".split()
 )
 
 TARGET = Target(
@@ -26,6 +26,7 @@ TARGET = Target(
     globals=simt.template_globals(WgslWords()) | {"words": "words.wgsl"},
     reserved=simt.RESERVED | _KEYWORDS,
     feature_names={
-        "fp16": "shader-f16", "dot": "packed_4x8_integer_dot_product",
-    },  # fmt: skip
+        "fp16": "shader-f16",
+        "dot": "packed_4x8_integer_dot_product",
+    },
 )

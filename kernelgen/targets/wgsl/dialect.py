@@ -13,7 +13,7 @@ MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
-        "constant.special": "bits_f32({x})",  # a bitcast of a constant must be finite
+        "constant.special": "bits_f32({x})",
         "shift": "u32({x})",
         "select": "select({b}, {a}, {condition})",
         "blend": "select({b}, {a}, {condition})",
@@ -26,8 +26,9 @@ MEMORY = Dialect(
         "cast.bool>i32": "i32({x})",
         "cast.bool>u32": "u32({x})",
         "cast.bool>f32": "f32({x})",
-        "bitcast.i32>f32": "bitcast<f32>({x})",
-        "bitcast.u32>f32": "bitcast<f32>({x})",
+        # not bitcast<f32>, which must be finite where it is of a constant
+        "bitcast.i32>f32": "bits_f32(u32({x}))",
+        "bitcast.u32>f32": "bits_f32({x})",
         "bitcast.f32>i32": "bitcast<i32>({x})",
         "bitcast.f32>u32": "bitcast<u32>({x})",
         "bitcast.i32>u32": "u32({x})",
@@ -36,22 +37,22 @@ MEMORY = Dialect(
         "max": "max({a}, {b})",
         "call.rsqrt": "inverseSqrt({x})",
         **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "abs")},
-        "table": "{table}_at({index})",
+        "table": "{table}_of({index})",
         "lookup": "{table}_lookup({index})",
         "spread1": "spread1({x})",
-        "fetch.u8.1": "u8_at({address})",
-        "fetch.i8.1": "i8_at({address})",
-        "fetch.u16.1": "i32(u16_at({address}))",
-        "fetch.u16.2": "i32(u16_at({address}))",
-        "fetch.i16.1": "(i32(u16_at({address}) << 16u) >> 16u)",
-        "fetch.i16.2": "(i32(u16_at({address}) << 16u) >> 16u)",
-        "fetch.u32.1": "u32_at({address})",
-        "fetch.u32.2": "u32_at({address})",
+        "fetch.u8.1": "load_u8({address})",
+        "fetch.i8.1": "load_i8({address})",
+        "fetch.u16.1": "i32(load_u16({address}))",
+        "fetch.u16.2": "i32(load_u16({address}))",
+        "fetch.i16.1": "(i32(load_u16({address}) << 16u) >> 16u)",
+        "fetch.i16.2": "(i32(load_u16({address}) << 16u) >> 16u)",
+        "fetch.u32.1": "load_u32({address})",
+        "fetch.u32.2": "load_u32({address})",
         "fetch.u32.4": "w[({address}) / 4u]",
-        "fetch.f16.1": "f16_at({address})",
-        "fetch.f16.2": "f16_at({address})",
-        "fetch.f32.1": "bitcast<f32>(u32_at({address}))",
-        "fetch.f32.2": "bitcast<f32>(u32_at({address}))",
+        "fetch.f16.1": "load_f16({address})",
+        "fetch.f16.2": "load_f16({address})",
+        "fetch.f32.1": "bitcast<f32>(load_u32({address}))",
+        "fetch.f32.2": "bitcast<f32>(load_u32({address}))",
         "fetch.f32.4": "bitcast<f32>(w[({address}) / 4u])",
     },
     operators={"//": "/"},
@@ -80,12 +81,12 @@ class WgslWords:
             bits = ", ".join(f"0x{n:08X}u" for n in np.array(values, np.float32).view(np.uint32))
             return (
                 f"var<private> {name} = array<u32, {len(values)}>({bits});\n"
-                f"fn {name}_at(i: i32) -> f32 {{ return bitcast<f32>({name}[i]); }}"
+                f"fn {name}_of(i: i32) -> f32 {{ return bitcast<f32>({name}[i]); }}"
             )
-        bytes_ = ", ".join(f"{name}_at(i32((x >> {8 * n}u) & 15u))" for n in range(4))
+        bytes_ = ", ".join(f"{name}_of(i32((x >> {8 * n}u) & 15u))" for n in range(4))
         return (
             f"var<private> {name} = array<i32, {len(values)}>({', '.join(map(str, values))});\n"
-            f"fn {name}_at(i: i32) -> i32 {{ return {name}[i]; }}\n"
+            f"fn {name}_of(i: i32) -> i32 {{ return {name}[i]; }}\n"
             f"fn {name}_lookup(x: u32) -> u32 {{ return pack_bytes({bytes_}); }}"
         )
 

@@ -186,13 +186,14 @@ class WgpuRuntime(DeviceRuntime):
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """Every adapter of the machine."""
+        """Every adapter of the machine, the one that kernels run on first."""
         found = find_adapter()
         if isinstance(found, str):
             return []
         import wgpu
 
-        return [_describe(a) for a in wgpu.gpu.enumerate_adapters_sync()]
+        every = wgpu.gpu.enumerate_adapters_sync()
+        return [_describe(a) for a in sorted(every, key=lambda one: one.info != found.info)]
 
 
 def _describe(adapter: Any) -> dict[str, Any]:
@@ -256,8 +257,9 @@ def find_adapter() -> Any:
     try:
         return wgpu.gpu.request_adapter_sync(power_preference="high-performance")
     except Exception as error:  # wgpu raises plain RuntimeError, and panics as others
+        said = (str(error).splitlines() or ["no reason given"])[0]
         return (
-            f"no WebGPU adapter was found ({str(error).splitlines()[0] if str(error) else 'no reason given'});"
+            f"no WebGPU adapter was found ({said});"
             " install the GPU's Vulkan driver, or a software one (Debian: mesa-vulkan-drivers)"
         )
 

@@ -34,26 +34,26 @@ fn pack_bytes(a: i32, b: i32, c: i32, d: i32) -> u32 {
 
 %% if arguments | selectattr("name", "equalto", "w") | list
 // The weights are bound as 32-bit words; addresses are in bytes.
-fn u8_at(address: u32) -> i32 { return i32((w[address / 4u] >> (address % 4u * 8u)) & 255u); }
-fn i8_at(address: u32) -> i32 { return (u8_at(address) << 24u) >> 24u; }
+fn load_u8(address: u32) -> i32 { return i32((w[address / 4u] >> (address % 4u * 8u)) & 255u); }
+fn load_i8(address: u32) -> i32 { return (load_u8(address) << 24u) >> 24u; }
 
 // Two words hold an unaligned one. The second is not read where the first holds it all, as it may
 // lie outside the buffer.
-fn u32_at(address: u32) -> u32 {
+fn load_u32(address: u32) -> u32 {
     let at = address / 4u;
     let shift = address % 4u * 8u;
     if (shift == 0u) { return w[at]; }
     return (w[at] >> shift) | (w[at + 1u] << (32u - shift));
 }
-fn u16_at(address: u32) -> u32 {
-    if (address % 4u == 3u) { return u32_at(address) & 0xFFFFu; }
+fn load_u16(address: u32) -> u32 {
+    if (address % 4u == 3u) { return load_u32(address) & 0xFFFFu; }
     return (w[address / 4u] >> (address % 4u * 8u)) & 0xFFFFu;
 }
 
 // Half precision to single, subnormals, infinities and NaN included, whatever the device does with
 // subnormals: the exponent is moved by a multiplication by 2^112.
-fn f16_at(address: u32) -> f32 {
-    let h = u16_at(address);
+fn load_f16(address: u32) -> f32 {
+    let h = load_u16(address);
     let magnitude = (h & 0x7FFFu) << 13u;
     var bits = bitcast<u32>(bitcast<f32>(magnitude) * 0x1p112f);
     if ((h & 0x7C00u) == 0u) { bits = bitcast<u32>(f32(h & 0x3FFu) * 0x1p-24f); }

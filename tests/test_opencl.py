@@ -1,0 +1,187 @@
+"""The OpenCL target on whatever device is here: PoCL, where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernelgen import targets
+from kernelgen.files import contents, kernels
+from kernelgen.generate import generate
+from kernelgen.ir import BlockFormat, formats
+from kernelgen.targets.opencl import runtime as opencl
+from tests import device_checks as checks
+
+TARGET = targets.get("opencl")
+LAYOUTS = ("native", "planes")
+
+
+def name(fmt: BlockFormat) -> str:
+    return fmt.name
+
+
+@pytest.mark.parametrize("fmt", (*checks.SAMPLE, *checks.MADE_UP), ids=name)
+def test_verified(fmt: BlockFormat) -> None:
+    checks.passes_verify(TARGET, fmt)
+
+
+@pytest.mark.parametrize("fmt", (*checks.SAMPLE, *checks.MADE_UP), ids=name)
+def test_native_layout(fmt: BlockFormat) -> None:
+    """Where they were verified above, kernels read planes."""
+    walks = list(checks.walks(TARGET, fmt))
+    assert {w.config().as_dict()["layout"] for w in walks} == {"planes"}
+    assert checks.passes_with(TARGET, fmt, layout="native") == len(walks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fmt", formats.FORMATS, ids=name)
+def test_all_formats_in_all_layouts(fmt: BlockFormat, layout: str) -> None:
+    checks.passes_with(TARGET, fmt, every_case=True, layout=layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", (*checks.SAMPLE, *checks.MADE_UP), ids=name)
+def test_configs_at_random(fmt: BlockFormat) -> None:
+    checks.some_configs(TARGET, fmt, 6)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q5_0"), formats.get("f16")), ids=name)
+def test_edge_shapes(fmt: BlockFormat) -> None:
+    checks.edge_shapes(TARGET, fmt)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q6_K"), checks.THREE_BITS), ids=name)
+def test_outputs(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.outputs_written_and_kept(TARGET, fmt, monkeypatch)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q4_0"), formats.get("f16")), ids=name)
+def test_not_finite(fmt: BlockFormat) -> None:
+    checks.not_finite_stays_in_its_row(TARGET, fmt)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q4_0"), checks.THREE_BITS), ids=name)
+def test_pieces(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.pieces_change_nothing(TARGET, fmt, monkeypatch)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q4_0"), formats.get("f16")), ids=name)
+def test_large_grids(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.more_groups_than_a_grid_has(TARGET, fmt, monkeypatch)
+
+
+def test_half_precision_tiles() -> None:
+    for fmt in (formats.get("q4_K"), formats.get("f16")):
+        assert checks.passes_with(TARGET, fmt, tile_type="f16") == 1
+
+
+def test_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks.prepared_once(TARGET, monkeypatch)
+
+
+def test_many_threads() -> None:
+    checks.many_threads(TARGET)
+
+
+def test_rejections() -> None:
+    checks.rejections_show_the_line(
+        TARGET,
+        [
+            ("part[i * THREADS + thread]", "part[i * THREDS + thread]", "THREDS"),
+            ("const uint row0 = ", "const uint row0 + ", "expected ';'"),
+        ],
+    )
+
+
+def test_features_are_named() -> None:
+    """PoCL runs none of these variants but half precision: the emulator has its own tests."""
+    marks = {"dot": "dot_4x8packed_ss_int", "subgroups": "sub_group_reduce_add(x)"}
+    checks.features_are_named(TARGET, marks)
+    (kernel,) = (
+        k
+        for k in checks.texts(TARGET, formats.get("q4_0"))
+        if k.op == "matvec" and k.features == ("subgroups",) and k.precision == "fp32"
+    )
+    assert "#pragma OPENCL EXTENSION cl_khr_subgroups : enable" in kernel.source
+    assert "get_sub_group_id()" in kernel.source
+
+
+def test_manifest_names_extensions() -> None:
+    fmt = formats.get("q4_0")
+    walk = TARGET.walk("matvec", fmt, "int8")
+    config = walk.config.from_dict({"dot": "packed", "reduce": "subgroup"})
+    kernel = generate("matvec", fmt, TARGET, config, "int8")
+    text = contents(TARGET, [kernel])["manifest.json"]
+    assert '"cl_khr_subgroups"' in text and '"cl_khr_integer_dot_product"' in text
+    half = TARGET.walk("matmul", fmt, "fp32").config.from_dict({"tile_type": "f16"})
+    text = contents(TARGET, [generate("matmul", fmt, TARGET, half, "fp32")])["manifest.json"]
+    assert '"features": []' in text and '"tolerance": 0.002' in text
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyopencl
+
+    find: Any = opencl.find_device.__wrapped__
+    monkeypatch.setattr(pyopencl, "get_platforms", list)
+    checks.one_sentence(find())
+    monkeypatch.setitem(sys.modules, "pyopencl", None)
+    checks.one_sentence(find())
+    monkeypatch.setattr(opencl, "find_device", find)
+    checks.one_sentence(opencl.OpenCLRuntime().available())
+
+
+def test_devices_are_described() -> None:
+    found = checks.runtime(TARGET).describe()
+    assert found
+    for one in found:
+        assert one["max_threads"] > 0 and one["shared_bytes"] > 0 and one["largest_buffer"] > 0
+        assert isinstance(one["subgroups"], bool) and one["threads_multiple"]
+
+
+ORACLE = """
+import sys
+from kernelgen import targets
+from kernelgen.ir import formats
+from tests import device_checks as checks
+target = targets.get("opencl")
+assert "Oclgrind" in str(target.runtime().describe()), target.runtime().describe()
+for name in sys.argv[1:]:
+    fmt = formats.get(name)
+    for one in checks.walks(target, fmt):
+        for layout in ("native", "planes"):
+            config = checks.changed(one, target.runtime(), layout=layout)
+            kernel = checks.generate(one.op, fmt, target, config, one.precision)
+            m = 2 if one.op == "matvec" else 9
+            checks.error_of(kernel, target.runtime(), [(m, 5, fmt.block)])
+print("all right")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ("q4_K,q5_0", "q6_K,f16"))
+def test_under_oclgrind(fmt: str, tmp_path: Path) -> None:
+    """Reads and writes outside of buffers, races, reads of what was never written."""
+    if shutil.which("oclgrind") is None:
+        pytest.skip("there is no oclgrind on the path; on Debian: apt-get install oclgrind")
+    log = tmp_path / "log"
+    command = ["oclgrind", "--data-races", "--uninitialized", "--log", str(log)]
+    run = subprocess.run(
+        [*command, sys.executable, "-c", ORACLE, *fmt.split(",")],
+        env=os.environ | {"PYTHONPATH": ".", "KERNELGEN_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert run.stdout.strip().endswith("all right"), run.stdout + run.stderr
+    assert not log.exists() or log.read_text() == ""
+
+
+def test_every_kernel_is_written() -> None:
+    made = [k for f in formats.FORMATS for k in kernels(TARGET, [f])]
+    assert len({k.entry for k in made}) == len(made) > 100
+    assert all(k.entry in k.source and f"hash {k.hash}" in k.source for k in made)
