@@ -36,7 +36,11 @@ def record(target: str, fmt: str, shape: tuple[int, int, int], seconds: float) -
     runtime, problem = manifest.runtime(), Problem(formats.get(fmt), *shape)
     options = Options(seconds, "greedy", storage="", write=False, record=False, prune=False)
     begin = time.perf_counter()
-    report = Study(manifest, runtime, problem, WorkerMeasurer(target), options).run()
+    measurer = WorkerMeasurer(target)
+    try:
+        report = Study(manifest, runtime, problem, measurer, options).run()
+    finally:
+        measurer.close()
     name = "-".join([target, fmt, "x".join(map(str, shape))])
     path = LANDSCAPES / f"{name}.jsonl"
     path.unlink(missing_ok=True)

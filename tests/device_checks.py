@@ -25,7 +25,7 @@ from kernelgen.targets import simt
 from kernelgen.targets.base import Kernel, Target, Walk
 from kernelgen.targets.device import DeviceRuntime
 from kernelgen.tensor import QuantTensor
-from kernelgen.verify import OPS, cases, check, random_blocks, sample_weights, verify
+from kernelgen.verify import OPS, cases, check, sample_weights, verify
 from tests.made_up import THREE_BITS
 
 Array = npt.NDArray[Any]

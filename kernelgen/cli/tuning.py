@@ -13,6 +13,7 @@ from rich.text import Text
 
 from kernelgen import api
 from kernelgen import targets as target_list
+from kernelgen.bench import busy
 from kernelgen.cli import caching
 from kernelgen.cli.terminal import (
     AsJson,
@@ -33,6 +34,7 @@ from kernelgen.problem import PRECISIONS
 from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import lookup, samplers, space
 from kernelgen.tuner.device import of as device_of
+from kernelgen.tuner.measure import WorkerMeasurer
 from kernelgen.tuner.space import Problem
 from kernelgen.tuner.study import EFFORTS, Options, Report, Status, Study, summary
 
@@ -120,12 +122,22 @@ def tune(
     share = budget / (len(problems) * len(pairs)) if budget else EFFORTS[effort]
     options = Options(share, sampler, seed, max_error, storage, resume)
     _need_optuna()
+    warning = busy()
+    if warning:
+        complain(f"warning: {warning}")
     reports: list[tuple[Target, Report]] = []
     for one, runtime in pairs:
-        for problem in problems:
-            reports.append((one, _study(one, runtime, problem, options, isa, as_json)))
-            if reports[-1][1].stopped == "interrupted":
-                break
+        measurer = WorkerMeasurer(one.name, isa)
+        try:
+            for problem in problems:
+                found = _study(one, runtime, problem, measurer, options, as_json)
+                reports.append((one, found))
+                if found.stopped == "interrupted":
+                    break
+        finally:
+            measurer.close()
+        if reports[-1][1].stopped == "interrupted":
+            break
     if as_json:
         print_json(
             {"studies": [_as_dict(t, r) for t, r in reports], **summary(r for _, r in reports)}
@@ -236,11 +248,13 @@ def _dry_run(pairs: list[tuple[Target, Runtime]], problems: list[Problem], as_js
 
 
 def _study(
-    target: Target, runtime: Runtime, problem: Problem, options: Options, isa: str, quiet: bool
+    target: Target,
+    runtime: Runtime,
+    problem: Problem,
+    measurer: WorkerMeasurer,
+    options: Options,
+    quiet: bool,
 ) -> Report:
-    from kernelgen.tuner.measure import WorkerMeasurer
-
-    measurer = WorkerMeasurer(target.name, isa)
     out = console(stderr=True)
     if quiet or not out.is_terminal:
         return Study(target, runtime, problem, measurer, options).run()
@@ -266,21 +280,21 @@ def _status(target: Target, now: Status) -> Text:
 
 def _print_reports(reports: list[tuple[Target, Report]], pareto: bool) -> None:
     numbers = ["old", "new", "ratio", "roofline", "tried", "failed"]
-    shown = table("target", "kernel", *numbers, "configuration", right=numbers)
+    shown = table("target", "kernel", *numbers, right=numbers)
     for target, one in reports:
         roof = one.roofline / one.seconds if one.roofline and one.seconds else None
         shown.add_row(
             target.name, str(one.problem), _ms(one.default_seconds), _ms(one.seconds),
             f"{one.ratio:.2f}" if one.ratio else "", f"{roof:.0%}" if roof else "",
             f"{len(one.trials)}/{len(one.space.legal)}", str(len(one.failures)),
-            str(one.best) if one.best else "none passed",
         )  # fmt: skip
     out = console()
     out.print(shown)
     for target, one in reports:
         where = f"; written to {one.path}" if one.path else ""
         out.print(
-            f"{target.name} {one.problem}: {one.stopped} after {one.spent:.1f} s{where}",
+            f"{target.name} {one.problem}: {one.best or 'nothing passed'}; {one.stopped} after"
+            f" {one.spent:.1f} s{where}",
             soft_wrap=True,
         )
         for candidate, outcome in one.failures:

@@ -162,6 +162,7 @@ def engine_library() -> Path:
     compiler = cxx()
     sources = sorted(NATIVE.glob("*.cpp"))
     flags = ["-std=c++17", "-O2", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE"]
+    flags += ["-fno-semantic-interposition"]
     flags += machine_flags(compiler)
     key = digest(tree_digest(NATIVE), compiler.path, compiler.version, *flags, _cpu())
 

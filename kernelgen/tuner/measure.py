@@ -124,9 +124,24 @@ class Child:
         self._start()
         return self._ask(limit, {"do": do, "with": values})
 
+    def tell(self, problem: dict[str, Any]) -> None:
+        """The problem that requests are about from now on."""
+        self.problem = problem
+        self._ready = False
+
     def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None and self._ready:
+        alive = self._process is not None and self._process.poll() is None
+        if alive and self._ready:
             return
+        if not alive:
+            self._spawn()
+        if self.problem is not None:
+            reply = self._ask(300, {"do": "problem", "with": self.problem})
+            if not reply["ok"]:
+                raise TuningError(f"the problem cannot be set up: {reply['reason']}")
+        self._ready = True
+
+    def _spawn(self) -> None:
         self.kill()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `kill`
         self._process = subprocess.Popen(
@@ -137,11 +152,6 @@ class Child:
         threading.Thread(
             target=_forward, args=(self._process.stdout, self._answers), daemon=True
         ).start()
-        if self.problem is not None:
-            reply = self._ask(300, {"do": "problem", "with": self.problem})
-            if not reply["ok"]:
-                raise TuningError(f"the problem cannot be set up: {reply['reason']}")
-        self._ready = True
 
     def _ask(self, limit: float, request: dict[str, Any]) -> dict[str, Any]:
         process = self._process
@@ -228,11 +238,9 @@ class WorkerMeasurer:
             "format": problem.fmt.name, "m": problem.m, "n": problem.n, "k": problem.k,
             "precision": problem.precision,
         }  # fmt: skip
-        self._child.kill()
-        self._child.problem = about
+        self._child.tell(about)
         for child in self._compilers[1:]:
-            child.kill()
-            child.problem = about | {"m": 1, "n": 1, "k": problem.fmt.block}  # needs no inputs
+            child.tell(about | {"m": 1, "n": 1, "k": problem.fmt.block})  # needs no inputs
 
     def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
         """Compile in parallel."""

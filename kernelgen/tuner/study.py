@@ -179,7 +179,8 @@ class Study:
 
     def run(self) -> Report:
         """Search until the budget is spent, everything was tried, the roofline is near, or the
-        user interrupts; the winner is written to the cache."""
+        user interrupts; the winner is written to the cache.  The measurer can be used again; who
+        made it closes it."""
         self._begin = time.perf_counter()
         self._end = self._begin + self.options.budget
         report = self.report
@@ -189,9 +190,8 @@ class Study:
             self._final()
         except KeyboardInterrupt:
             report.stopped = "interrupted"
-        finally:
             with contextlib.suppress(KeyboardInterrupt):
-                self._measurer.close()
+                self._measurer.close()  # in the middle of something
         report.best = self._best
         if self._best is not None and report.seconds is None:
             report.seconds = self._values[self._best.id]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
 
-from kernelgen import register_format, unregister_format
-from kernelgen.ir import BlockFormat
+from kernelgen import register_format, targets, unregister_format
+from kernelgen.files import kernels
+from kernelgen.generate import generate
+from kernelgen.ir import BlockFormat, formats
 from kernelgen.ir.expr import (
     F32,
     I32,
@@ -112,3 +115,25 @@ def test_made_up(fmt: BlockFormat) -> None:
 @pytest.mark.parametrize("fmt", MADE_UP, ids=lambda fmt: fmt.name)
 def test_made_up_in_all_ways(fmt: BlockFormat, name: str) -> None:
     assert problems(here(isa_named(name)), [fmt.name]) == []
+
+
+def test_no_name_of_a_field_can_hide_one_of_the_source() -> None:
+    """Every name in the sources is a format's own, or is kept from formats."""
+    target = targets.get("c")
+    config = target.walk("matmul", NAMES).config
+    unknown: set[str] = set()
+    for fmt in formats.formats():
+        made = list(kernels(target, [fmt]))
+        for layout in ("native", "interleaved"):
+            chosen = config.from_dict({"columns": 4, "layout": layout})
+            made.append(generate("matmul", fmt, target, chosen, precision="fp32"))
+            if not fmt.float_codes:
+                made.append(generate("matmul", fmt, target, chosen, precision="int8"))
+        own = {*fmt.fields, *fmt.ints}
+        own |= {f"{name}_" for name in own}
+        for one in made:
+            text = re.sub(r'//.*|#include.*|"[^"]*"|\b\d[\w.]*', " ", one.source)
+            unknown |= set(re.findall(r"[A-Za-z_]\w*", text)) - own - target.reserved
+    entries = {name for name in unknown if name.startswith("kernelgen_")}
+    functions_without_fields = {"d"}
+    assert unknown - entries <= functions_without_fields

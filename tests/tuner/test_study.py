@@ -128,6 +128,7 @@ def test_bad_candidates_are_recorded_and_the_study_ends_in_time(
     problem = dataclasses.replace(SMALL, precision="int8")
     options = Options(budget=60, sampler="random")
     report = Study(target, runtime, problem, measurer, options, seen.append).run()
+    measurer.close()
     assert time.perf_counter() - begin < options.budget
     assert report.stopped == "everything was tried"
     by_kind = {one.config.as_dict()["kind"]: (one, o) for one, o in report.trials}
@@ -167,6 +168,7 @@ def test_a_budget_is_kept_whatever_candidates_do(made_up: tuple[Target, Runtime]
     begin = time.perf_counter()
     options = Options(budget=4, record=False)
     report = Study(target, runtime, SMALL, measurer, options, only=names).run()
+    measurer.close()
     # the default is always waited for, and processes take their time to start on a busy machine
     assert time.perf_counter() - begin < 20
     assert report.stopped and report.entry is not None

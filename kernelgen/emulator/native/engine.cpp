@@ -12,8 +12,6 @@ namespace emu {
 
 World world;
 
-uint64_t bit(uint32_t lane) { return uint64_t(1) << lane; }
-
 // ---- the switch of stacks: save what a callee must keep, exchange the stack pointer, restore
 
 #if defined(__APPLE__)
@@ -84,12 +82,14 @@ void abandon_block() {
 }
 
 // The order in which threads run: forward, in reverse, or shuffled anew each time
-static std::vector<uint32_t> thread_order() {
+static const std::vector<uint32_t> &thread_order() {
     static uint64_t state = 0;
-    std::vector<uint32_t> order(world.threads);
-    for (uint32_t i = 0; i < world.threads; i++) order[i] = i;
-    if (world.launch->order == 1)
-        for (uint32_t i = 0; i < world.threads; i++) order[i] = world.threads - 1 - i;
+    static std::vector<uint32_t> order;
+    if (order.size() != world.threads) {
+        bool reverse = world.launch->order == 1;
+        order.resize(world.threads);
+        for (uint32_t i = 0; i < world.threads; i++) order[i] = reverse ? world.threads - 1 - i : i;
+    }
     if (world.launch->order == 2) {
         if (!state) state = 0x9E3779B97F4A7C15u * (world.launch->seed + 1) + world.block->number;
         for (uint32_t i = world.threads - 1; i > 0; i--) {
@@ -103,9 +103,7 @@ static std::vector<uint32_t> thread_order() {
 // ---- barriers
 
 static bool barrier_complete(Block &block, int id, int count) {
-    uint32_t waiting = 0;
-    for (Fiber &f : block.fibers)
-        if (f.state == kAtBarrier && f.barrier == id) waiting++;
+    uint32_t waiting = block.waiting[id];
     if (count) return waiting >= uint32_t(count);
     return waiting && waiting + block.done == world.threads;
 }
@@ -113,7 +111,8 @@ static bool barrier_complete(Block &block, int id, int count) {
 // Lets all go on that wait at a barrier whose last thread has come.  It comes late in the order
 // too: whoever arrived last is no special thread.
 static void release_barrier(Block &block, int id, int count) {
-    std::vector<uint32_t> freed;
+    static std::vector<uint32_t> freed;
+    freed.clear();
     Fiber *first = nullptr;
     for (uint32_t t : thread_order()) {
         Fiber &f = block.fibers[t];
@@ -135,7 +134,14 @@ static void release_barrier(Block &block, int id, int count) {
         else shadow_barrier();
     }
     block.idle_yields = 0;
+    block.waiting[id] = 0;
     for (uint32_t t : freed) enqueue(block, block.fibers[t]);
+}
+
+static void release_if_of_all(Block &block, int id) {
+    for (const Fiber &f : block.fibers)
+        if (f.state == kAtBarrier && f.barrier == id && f.barrier_count) return;
+    release_barrier(block, id, 0);
 }
 
 // ---- operations of subgroups
@@ -171,7 +177,8 @@ static void try_subgroup(Block &block, Fiber &fiber) {
     emu_self = running;
     block.idle_yields = 0;
     group.waiting &= ~mask;
-    std::vector<uint32_t> freed;
+    static std::vector<uint32_t> freed;
+    freed.clear();
     bool reverse = world.launch->order == 1;
     for (uint32_t i = 0; i < fiber.index.subgroup_lanes; i++) {
         uint32_t l = reverse ? fiber.index.subgroup_lanes - 1 - i : i;
@@ -195,9 +202,8 @@ static void thread_done() {
         Fiber *other = lane_of(block, me, l);
         if (other->state == kInSubgroup) try_subgroup(block, *other);
     }
-    for (Fiber &f : block.fibers)
-        if (f.state == kAtBarrier && barrier_complete(block, f.barrier, f.barrier_count))
-            release_barrier(block, f.barrier, f.barrier_count);
+    for (int id = 0; id < 16; id++) // a barrier of all threads no longer waits for this one
+        if (block.waiting[id] && barrier_complete(block, id, 0)) release_if_of_all(block, id);
     run_next();
     __builtin_unreachable();
 }
@@ -246,6 +252,7 @@ bool start_block(Block &block, uint32_t number) {
     block.fibers.assign(n, Fiber());
     block.queue.assign(n, 0);
     block.head = block.queued = block.done = block.idle_yields = 0;
+    memset(block.waiting, 0, sizeof block.waiting);
     for (int *votes : block.votes) {
         votes[EMU_COUNT] = votes[EMU_OR] = 0;
         votes[EMU_AND] = 1;
@@ -341,11 +348,13 @@ extern "C" {
 void emu_barrier(int id, int count, int line, int strict) {
     Fiber &me = *self();
     me.index.line = me.wait_line = line;
+    if (id < 0 || id > 15) emu_fail("barrier", line, "barrier %d; they are numbered 0 to 15", id);
     me.barrier = id;
     me.barrier_count = count;
     me.strict = strict;
     me.state = kAtBarrier;
     Block &block = *world.block;
+    block.waiting[id]++;
     if (barrier_complete(block, id, count)) release_barrier(block, id, count);
     run_next();
 }
@@ -375,10 +384,10 @@ void emu_subgroup(EmuOp *op) {
         emu_fail("mask", op->line, "lane %u calls %s with mask 0x%llx, which does not name it",
                  me.index.lane, op->name, static_cast<unsigned long long>(op->mask));
     me.state = kInSubgroup;
-    block.subgroups[me.index.subgroup].waiting |= bit(me.index.lane);
-    for (uint32_t l = 0; op->mask && l < me.index.subgroup_lanes; l++) {
+    uint64_t &waiting = block.subgroups[me.index.subgroup].waiting;
+    for (uint64_t others = waiting & op->mask; others; others &= others - 1) {
+        uint32_t l = uint32_t(__builtin_ctzll(others));
         const Fiber *other = lane_of(block, me, l);
-        if (!(op->mask & bit(l)) || other->state != kInSubgroup) continue;
         if (other->op->mask != op->mask && (other->op->mask & bit(me.index.lane)))
             emu_fail("mask", op->line,
                      "mismatched masks: %s with 0x%llx, but lane %u waits in %s of line %d with "
@@ -386,6 +395,7 @@ void emu_subgroup(EmuOp *op) {
                      op->name, static_cast<unsigned long long>(op->mask), l, other->op->name,
                      other->wait_line, static_cast<unsigned long long>(other->op->mask));
     }
+    waiting |= bit(me.index.lane);
     try_subgroup(block, me);
     run_next();
 }

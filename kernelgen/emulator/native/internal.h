@@ -44,6 +44,7 @@ struct Block {
     uint32_t head = 0, queued = 0, done = 0, idle_yields = 0;
     int votes[2][3];             // of reducing barriers, in turn
     std::vector<Subgroup> subgroups;
+    uint32_t waiting[16] = {};   // threads at each barrier
     unsigned char *stacks = nullptr;
     std::vector<unsigned char> saved; // its shared memory while another block runs
 };
@@ -108,7 +109,7 @@ struct World {
 extern World world;
 
 inline Fiber *self() { return reinterpret_cast<Fiber *>(emu_self); }
-uint64_t bit(uint32_t lane);
+inline uint64_t bit(uint32_t lane) { return uint64_t(1) << lane; }
 
 // Where something was done: a line, or an offset of the machine code that a line belongs to
 struct Where {

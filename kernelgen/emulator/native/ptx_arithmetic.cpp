@@ -431,8 +431,9 @@ extern "C" void emu_ptx(void **place, const char *text, EmuOperand *operands, in
     self()->index.line = line;
     Site *&site = sites[place];
     if (!site) site = parse(text, count, line);
-    uint64_t registers[256] = {};
+    uint64_t registers[256];
     if (site->slots > 256) emu_fail("instruction", line, "more than 256 registers in an asm");
+    memset(registers + count, 0, size_t(site->slots - count) * sizeof *registers);
     for (int i = 0; i < count; i++) registers[i] = operands[i].bits;
     Exec exec{registers, line};
     for (const Instr &instr : site->code) {

@@ -25,12 +25,17 @@ _RESERVED = frozenset(
     "auto break case char const continue default do double else enum extern float for goto if"
     " inline int long register restrict return short signed sizeof static struct switch typedef"
     " union unsigned void volatile while"
-    " ACT BLOCK BLOCK_BYTES CHUNK COLUMNS FOR GROUP INLINE K LANES M N NULL PARALLEL PARALLEL_FOR"
-    " STEPS UNROLL WORDS"
-    " at b block blocks c code codes columns count dot entry finite from g groups j j0 k k0 l"
-    " largest m magnitude n offset out part partial q repacked rounded row_bytes rows s scale"
-    " scratch store sum t tile tiles to top total u unit value values w wt x xd xm xq xs y ym"
-    " blend gather lookup widen spread1 u32v i32v f32v".split()
+    " int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t size_t f32v i32v u32v"
+    " ACT BLOCK BLOCK_BYTES CHUNK COLUMNS COUNT FOR GROUP INLINE K LANES M N NULL PARALLEL"
+    " PARALLEL_FOR ROWS SIGNED_BIAS STEPS UNROLL UNROLL_GROUPS WORDS"
+    " at b block blocks c code codes columns count dot entry factor finite from g groups i ids j j0"
+    " k k0 l largest m magnitude n offset out part partial q repacked rounded row_bytes rows s"
+    " scale scratch store sum t tile tiles to top total u unit value values w wt x xd xm xq xs y ym"
+    " abort calloc free memcpy memset abs cos erf exp fabsf log rintf sin sqrt tanh"
+    " bits_to_f32 blend_f32 blend_i32 blend_u32 dot_signed dot_unsigned each_row f16_at f32_at"
+    " f32_to_bits gather i16_at interleave load_u16 load_u32 lookup quantize_block rows_f16"
+    " rows_f32 rows_i16 rows_i8 rows_u16 rows_u32 rows_u8 splat_f32 splat_i32 splat_u32 spread"
+    " spread1 to_f32 to_i32 u16_at u32_at unsigned_to_f32 widen".split()
 )
 
 

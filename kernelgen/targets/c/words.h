@@ -137,11 +137,12 @@ GATHER(gather_u8, uint8_t, i32v)
 GATHER(gather_i8, int8_t, i32v)
 
 // A function of one float, for each row.
-#define each_row(function, x)                                           \
-    ({                                                                  \
-        f32v y_ = x;                                                    \
-        for (int n = 0; n < LANES; n++) y_[n] = (float)function(y_[n]); \
-        y_;                                                             \
+#define each_row(function, x)                                         \
+    ({                                                                \
+        f32v each_row_result = x;                                     \
+        for (int n = 0; n < LANES; n++)                               \
+            each_row_result[n] = (float)function(each_row_result[n]); \
+        each_row_result;                                              \
     })
 
 // Four fields of so many bits that follow one another in x go to the bottom of a byte each.

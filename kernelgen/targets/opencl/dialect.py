@@ -115,8 +115,13 @@ class OpenCLWords:
         return f"{_TYPES[dtype]} {name} = {value};"
 
     def array(self, dtype: str, name: str, count: int) -> str:
-        """An array of one thread, all zero."""
-        return f"{_TYPES[dtype]} {name}[{count}] = {{0}};"
+        """An array of one thread, all zero.
+
+        By a loop: PoCL 3.0 with LLVM 14 loses an initializer of two elements, and all other stores
+        to such an array.
+        """
+        declared = f"{_TYPES[dtype]} {name}[{count}];"
+        return f"{declared} for (uint e = 0; e < {count}u; e++) {{ {name}[e] = 0; }}"
 
     def repeat(self, name: str, start: str | int, stop: str | int, step: str | int = 1) -> str:
         """The head of a loop over a u32."""

@@ -43,8 +43,8 @@ inline int dot4(uint a, uint b, int sum) {
 %% if "dot" in features
     return sum + dot_4x8packed_ss_int(a, b);
 %% else
-    const int4 products = convert_int4(as_char4(a)) * convert_int4(as_char4(b));
-    return sum + products.s0 + products.s1 + products.s2 + products.s3;
+    const char4 x = as_char4(a), y = as_char4(b);
+    return sum + x.s0 * y.s0 + x.s1 * y.s1 + x.s2 * y.s2 + x.s3 * y.s3;
 %% endif
 }
 

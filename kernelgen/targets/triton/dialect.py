@@ -8,8 +8,9 @@ zero and so serve only where nothing is negative; a >> follows the sign of what 
 
 from __future__ import annotations
 
+from kernelgen.errors import TargetError
 from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, rebuild, walk
-from kernelgen.ir.ranges import fits, interval
+from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
 from kernelgen.targets.base import ATOM, Dialect, Printer, varies
 
@@ -41,7 +42,7 @@ class TensorPrinter(Printer):
         if op == "/":
             a, b = (self(x) for x in args)
             return f"tl.div_rn({a}, {b})", ATOM
-        if op in ("//", "%") and not fits(args[0], 0, 2**31 - 1):
+        if op in ("//", "%") and not (_small(args[0]) and interval(args[1])[0] > 0):
             return self._floored(expr)
         if op in SHIFTS and args[0].dtype is not args[1].dtype and args[0].dtype is I32:
             # an unsigned amount would make the result unsigned
@@ -88,13 +89,17 @@ class TensorPrinter(Printer):
         return f"tl.where({self(condition)}, {self(a)}, {self(b)})", ATOM
 
     def _floored(self, expr: Expr) -> tuple[str, int]:
-        """// and % that round down, for what may be negative or exceeds an i32."""
-        value, by = expr.args
+        """// and % that round down, where an operand may be negative."""
         if expr.dtype is U32:
             return super()._print(expr)
-        x, n = self._bracketed(value), self._bracketed(by)
-        rest = f"(({x} % {n} + {n}) % {n})"
-        return (rest, ATOM) if expr.op == "%" else (f"(({x} - {rest}) // {n})", ATOM)
+        x, n = (self._bracketed(a) for a in expr.args)
+        lo, hi = interval(expr.args[1])
+        if lo <= 0 <= hi:
+            raise TargetError(f"a division by what may be 0 cannot be printed: {expr}")
+        off = f"{x} % {n} {'<' if lo > 0 else '>'} 0"  # the remainder has the sign of x
+        if expr.op == "%":
+            return f"tl.where({off}, {x} % {n} + {n}, {x} % {n})", ATOM
+        return f"tl.where({off}, {x} // {n} - 1, {x} // {n})", ATOM
 
     def _bracketed(self, expr: Expr) -> str:
         text, level = self._print(expr)
