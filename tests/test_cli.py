@@ -354,8 +354,8 @@ FEW = ("--format", "q4_0", "--op", "dequantize,matvec")
 def test_verify_prints_errors() -> None:
     text = run("verify", "--target", "numpy", "--format", "q4_0").stdout
     rows = [line.split() for line in text.splitlines()]
-    assert ["matvec", "int8"] in [row[2:4] for row in rows]
-    assert all(row[-1] == "ok" for row in rows if row[:2] == ["numpy", "q4_0"])
+    assert ["run", "q4_0", "matvec", "int8"] in [row[1:5] for row in rows]
+    assert all(row[-1] == "ok" for row in rows if row[:1] == ["numpy"])
     assert "none failed" in text
 
 

@@ -210,7 +210,7 @@ LANGUAGES: dict[str, Language] = {
     "cuda": Language(".cu", (32,), False, _cuda_entries, _cuda_compile),
     "opencl": Language(
         ".cl", (1, 2, 4, 8, 16, 32, 64), True, _opencl_entries,
-        partial(_cl_compile, "emu_opencl.h", _opencl_entries, ()),
+        partial(_cl_compile, "emu_opencl.h", _opencl_entries, ("-Wno-c++11-narrowing",)),
     ),
     "metal": Language(
         ".metal", (32,), True, lambda source: _given(_metal_entries(source)),

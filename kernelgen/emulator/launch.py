@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from kernelgen.emulator.compiler import EmulatorError, engine_library
 
 CHECKED, EAGER_COPIES, BUFFERS_AT_START, EXIT_IS_DIVERGENCE = 1, 2, 4, 8
 MAX_FINDINGS = 64
+_ONE_AT_A_TIME = threading.Lock()  # the engine's state is a process's
 _SYMBOL_TABLE, _THREAD_LOCAL = 2, 6  # of ELF
 _U32x3 = ctypes.c_uint32 * 3
 
@@ -159,6 +161,8 @@ def launch(
     raw.hidden, raw.hidden_count = (ctypes.c_uint32 * max(1, len(hidden)))(*hidden), len(hidden)
     found = (RawFinding * MAX_FINDINGS)()
     raw.findings, raw.max_findings = found, MAX_FINDINGS
-    if engine().emu_launch(ctypes.byref(raw)):
+    with _ONE_AT_A_TIME:
+        failed = engine().emu_launch(ctypes.byref(raw))
+    if failed:
         raise EmulatorError(f"the launch is not possible: {raw.error.decode()}")
     return list(found[: raw.finding_count]), bool(raw.atomics)

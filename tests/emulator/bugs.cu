@@ -114,3 +114,13 @@ extern "C" __global__ void global_race(const float* x, float* y) {
     int i = blockIdx.x * 63 + threadIdx.x;
     y[i] = x[threadIdx.x] + blockIdx.x;
 }
+
+// a shuffle does not order memory, and a barrier of one warp orders only that warp
+extern "C" __global__ void weak_order(const float* x, float* y) {
+    __shared__ float first, tile[64];
+    tile[threadIdx.x] = x[threadIdx.x];
+    if (threadIdx.x == 0) first = x[0];  // BUG
+    __syncwarp();
+    float v = __shfl_sync(0xffffffff, x[threadIdx.x], 0);
+    y[threadIdx.x] = v + first + tile[threadIdx.x ^ 1];  // BUG
+}

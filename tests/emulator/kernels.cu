@@ -1,4 +1,4 @@
-// Kernels in several people's styles, none of them kernelgen's: they must run as they would on a GPU.
+// Kernels in several people's styles, none of them kernelgen's: they must run as on a GPU.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -42,7 +42,8 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 __device__ __forceinline__ void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(to)), "l"(from));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared_address(to)),
+                 "l"(from));
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;\n" ::); }
 template <int left> __device__ __forceinline__ void wait() {
@@ -216,3 +217,16 @@ template <typename T, int N> __global__ void affine(const T* x, T* y, Affine f) 
     for (int i = threadIdx.x; i < N; i += blockDim.x) y[i] = x[i] * f.scale + f.shift + f.bias[i];
 }
 template __global__ void affine<float, 40>(const float*, float*, Affine);
+
+// ---- barriers of fewer threads than the block: pairs of warps, then single warps
+
+extern "C" __global__ void pairs(const int* x, int* y) {
+    __shared__ int tile[128], sums[4];
+    int t = threadIdx.x, pair = t / 64;
+    tile[t] = x[t];
+    asm volatile("bar.sync %0, %1;" ::"r"(pair + 1), "r"(64) : "memory");
+    int v = tile[pair * 64 + 63 - t % 64];
+    if (t % 32 == 0) sums[t / 32] = v;
+    __syncwarp();
+    y[t] = v + sums[t / 32];
+}

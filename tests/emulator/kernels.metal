@@ -36,7 +36,8 @@ kernel void mul_mv_q8_0(device const block_q8_0* weights [[buffer(0)]],
 }
 
 // c = a b: 32 x 32 per threadgroup of four simdgroups, each 16 x 16 in 8 x 8 pieces
-template <typename T> inline void stage(device const T* from, threadgroup T* to, uint pitch, uint t) {
+template <typename T>
+inline void stage(device const T* from, threadgroup T* to, uint pitch, uint t) {
     for (uint i = t; i < 32 * 16; i += 128) to[i] = from[(i / 16) * pitch + i % 16];
 }
 
@@ -53,7 +54,8 @@ kernel void mul_mm(device const half* a [[buffer(0)]], device const half* b [[bu
         for (int j = 0; j < 2; j++) sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.f);
     for (uint at = 0; at < k; at += 16) {
         stage(a + tile.y * 32 * k + at, tile_a, k, t);
-        for (uint i = t; i < 16 * 32; i += 128) tile_b[i] = b[(at + i / 32) * n + tile.x * 32 + i % 32];
+        for (uint i = t; i < 16 * 32; i += 128)
+            tile_b[i] = b[(at + i / 32) * n + tile.x * 32 + i % 32];
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint q = 0; q < 16; q += 8) {
             simdgroup_half8x8 ma[2], mb[2];
@@ -69,8 +71,9 @@ kernel void mul_mm(device const half* a [[buffer(0)]], device const half* b [[bu
     }
     for (uint i = 0; i < 2; i++)
         for (uint j = 0; j < 2; j++)
-            simdgroup_store(sums[i][j],
-                            c + (tile.y * 32 + sg / 2 * 16 + i * 8) * n + tile.x * 32 + sg % 2 * 16 + j * 8, n);
+            simdgroup_store(sums[i][j], c, n,
+                            ulong2(tile.x * 32 + sg % 2 * 16 + j * 8,
+                                   tile.y * 32 + sg / 2 * 16 + i * 8));
 }
 
 // softmax of a row: reductions of simdgroups, then of their results; bfloat out

@@ -25,6 +25,7 @@ BUGS = {
     "before_the_start": "bounds",
     "uninitialised": "uninitialised",
     "weak_wait": "async",
+    "weak_order": "race",
 }
 CHECKED_ONLY = {
     "misaligned": "misaligned",
@@ -74,6 +75,13 @@ def test_a_checked_run_finds_in_any_order(bugs: Emulator, kernel: str, order: st
         pytest.skip("clang does not check the alignment of structs that are copied whole")
     report = run(bugs, kernel, sanitize=True, order=order)
     check(report, kernel, (BUGS | CHECKED_ONLY)[kernel])
+
+
+def test_one_warp_s_barrier_orders_that_warp(bugs: Emulator) -> None:
+    """Only the second warp has a race, and none on what each warp keeps to itself."""
+    report = run(bugs, "weak_order", sanitize=True, order="forward")
+    assert report.kinds() == {"race"}
+    assert {f.thread[0] // 32 for f in report.findings} == {1}
 
 
 def test_a_race_names_both_sides(bugs: Emulator) -> None:

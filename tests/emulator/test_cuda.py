@@ -78,6 +78,14 @@ def test_blocks_that_wait_for_each_other(cuda: Emulator, sanitize: bool, workers
     assert drawn.all()
 
 
+def test_barriers_of_some_threads(cuda: Emulator, sanitize: bool) -> None:
+    x, y = np.arange(128, dtype=np.int32) ** 2, np.zeros(128, np.int32)
+    report = cuda.run("pairs", 1, 128, [x, y], sanitize=sanitize)
+    assert report.ok, report
+    turned = x.reshape(2, 64)[:, ::-1].reshape(-1)
+    np.testing.assert_array_equal(y, turned + np.repeat(turned[::32], 32))
+
+
 def test_votes(cuda: Emulator, sanitize: bool) -> None:
     x = np.random.default_rng(4).integers(-2, 3, 64).astype(np.int32)
     y = np.zeros((5, 64), np.uint32)

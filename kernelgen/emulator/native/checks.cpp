@@ -22,9 +22,9 @@ struct Access {
 };
 struct Cell {
     Access write, read[2];
-    uint32_t copy_line;   // of a copy that has not arrived, else 0
+    uint32_t copy_line; // of a copy that has not arrived, else 0
     uint32_t copy_thread;
-    bool hidden;          // the compiler's own: whether a variable has been constructed
+    bool hidden; // the compiler's own: whether a variable has been constructed
 };
 
 constexpr uint32_t kLineBit = 0x80000000;
@@ -33,11 +33,11 @@ constexpr uint32_t kLineBit = 0x80000000;
 // came before; within an epoch each thread has a vector clock, for barriers of fewer threads.
 static struct {
     Cell *cells;
-    size_t statics, bytes;        // static shared memory first, dynamic behind it
-    uint32_t epoch, first_epoch;  // now, and at the block's start
-    bool known_start;             // false once a block was resumed: it may have written anything
-    std::vector<uint32_t> clock;  // of each thread, its own
-    std::vector<uint32_t> seen;   // [thread][other]: how much of the other it has seen
+    size_t statics, bytes;       // static shared memory first, dynamic behind it
+    uint32_t epoch, first_epoch; // now, and at the block's start
+    bool known_start;            // false once a block was resumed: it may have written anything
+    std::vector<uint32_t> clock; // of each thread, its own
+    std::vector<uint32_t> seen;  // [thread][other]: how much of the other it has seen
     std::vector<uint32_t> seen_epoch;
 } shadow;
 
@@ -51,10 +51,11 @@ void shadow_begin_block() {
     if (!shadow.cells) {
         shadow.statics = world.static_bytes;
         shadow.bytes = bytes;
-        shadow.cells = static_cast<Cell *>(mmap(nullptr, (bytes + 1) * sizeof(Cell),
-                                                PROT_READ | PROT_WRITE,
-                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-        if (shadow.cells == MAP_FAILED) emu_fail("crash", 0, "no memory for the record of accesses");
+        shadow.cells =
+            static_cast<Cell *>(mmap(nullptr, (bytes + 1) * sizeof(Cell), PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        if (shadow.cells == MAP_FAILED)
+            emu_fail("crash", 0, "no memory for the record of accesses");
         for (uint64_t i = 0; i < world.launch->hidden_count; i++)
             if (world.launch->hidden[i] < shadow.statics)
                 shadow.cells[world.launch->hidden[i]].hidden = true;
@@ -124,8 +125,8 @@ static void check_bytes(size_t first, size_t bytes, int how, Where where) {
     const Fiber &me = *self();
     uint32_t thread = me.index.linear;
     Access now{shadow.epoch, shadow.clock[thread],
-               where.line ? uint32_t(where.line) | kLineBit : uint32_t(where.pc),
-               uint16_t(thread), uint16_t(how == EMU_ATOMIC)};
+               where.line ? uint32_t(where.line) | kLineBit : uint32_t(where.pc), uint16_t(thread),
+               uint16_t(how == EMU_ATOMIC)};
     char place[64];
     bool told = false;
     for (size_t i = first; i < first + bytes; i++) {
@@ -234,8 +235,10 @@ static Where caller(const void *address) {
 static void check_aligned(const void *p, size_t bytes, Where where) {
     size_t alignment = bytes < 8 ? bytes : 8;
     if (emu_self && reinterpret_cast<uintptr_t>(p) % alignment)
-        report("misaligned", where, {}, self(), "address %p is not a multiple of %zu, as an "
-               "access to %zu bytes needs", p, alignment, bytes);
+        report("misaligned", where, {}, self(),
+               "address %p is not a multiple of %zu, as an "
+               "access to %zu bytes needs",
+               p, alignment, bytes);
 }
 
 #define EMU_HOOK(name, bytes, how)                                                                 \

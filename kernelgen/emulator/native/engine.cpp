@@ -23,24 +23,27 @@ extern "C" void emu_switch_stack(void **from, void *to);
 extern "C" void emu_start_fiber(void);
 
 #if defined(__x86_64__)
-asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n" EMU_SYMBOL("emu_switch_stack") ":\n"
-    "  push %rbp\n  push %rbx\n  push %r12\n  push %r13\n  push %r14\n  push %r15\n"
-    "  mov %rsp, (%rdi)\n  mov %rsi, %rsp\n"
-    "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n  ret\n");
+// clang-format off
+asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n" EMU_SYMBOL(
+    "emu_switch_stack") ":\n"
+                        "  push %rbp\n  push %rbx\n  push %r12\n  push %r13\n  push %r14\n  push %r15\n"
+                        "  mov %rsp, (%rdi)\n  mov %rsi, %rsp\n"
+                        "  pop %r15\n  pop %r14\n  pop %r13\n  pop %r12\n  pop %rbx\n  pop %rbp\n  ret\n");
 constexpr size_t kSavedWords = 6;
 #elif defined(__aarch64__)
-asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n.p2align 2\n"
-    EMU_SYMBOL("emu_switch_stack") ":\n"
-    "  sub sp, sp, #160\n"
-    "  stp x19, x20, [sp]\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
-    "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
-    "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n  stp d12, d13, [sp, #128]\n"
-    "  stp d14, d15, [sp, #144]\n"
-    "  mov x9, sp\n  str x9, [x0]\n  mov sp, x1\n"
-    "  ldp x19, x20, [sp]\n  ldp x21, x22, [sp, #16]\n  ldp x23, x24, [sp, #32]\n"
-    "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
-    "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n  ldp d12, d13, [sp, #128]\n"
-    "  ldp d14, d15, [sp, #144]\n  add sp, sp, #160\n  ret\n");
+// clang-format off
+asm(".text\n.globl " EMU_SYMBOL("emu_switch_stack") "\n.p2align 2\n" EMU_SYMBOL(
+    "emu_switch_stack") ":\n"
+                        "  sub sp, sp, #160\n"
+                        "  stp x19, x20, [sp]\n  stp x21, x22, [sp, #16]\n  stp x23, x24, [sp, #32]\n"
+                        "  stp x25, x26, [sp, #48]\n  stp x27, x28, [sp, #64]\n  stp x29, x30, [sp, #80]\n"
+                        "  stp d8, d9, [sp, #96]\n  stp d10, d11, [sp, #112]\n  stp d12, d13, [sp, #128]\n"
+                        "  stp d14, d15, [sp, #144]\n"
+                        "  mov x9, sp\n  str x9, [x0]\n  mov sp, x1\n"
+                        "  ldp x19, x20, [sp]\n  ldp x21, x22, [sp, #16]\n  ldp x23, x24, [sp, #32]\n"
+                        "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
+                        "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n  ldp d12, d13, [sp, #128]\n"
+                        "  ldp d14, d15, [sp, #144]\n  add sp, sp, #160\n  ret\n");
 #else
 #error "the emulator runs on x86-64 and aarch64"
 #endif
@@ -53,6 +56,22 @@ static void enqueue(Block &block, Fiber &fiber) {
     fiber.state = kReady;
     uint32_t size = world.threads;
     block.queue[(block.head + block.queued++) % size] = fiber.index.linear;
+}
+
+// Those that go on after waiting for some of the block.  In the reverse order they go before all
+// others, so that one warp runs ahead of the rest as far as it can.
+static void enqueue_some(Block &block, const std::vector<uint32_t> &freed) {
+    if (world.launch->order != 1) {
+        for (uint32_t t : freed) enqueue(block, block.fibers[t]);
+        return;
+    }
+    for (size_t i = freed.size(); i-- > 0;) {
+        Fiber &fiber = block.fibers[freed[i]];
+        fiber.state = kReady;
+        block.head = (block.head + world.threads - 1) % world.threads;
+        block.queue[block.head] = fiber.index.linear;
+        block.queued++;
+    }
 }
 
 // Leaves the running thread, which has been put where it belongs, for the next that can run.
@@ -135,7 +154,7 @@ static void release_barrier(Block &block, int id, int count) {
     }
     block.idle_yields = 0;
     block.waiting[id] = 0;
-    for (uint32_t t : freed) enqueue(block, block.fibers[t]);
+    enqueue_some(block, freed);
 }
 
 static void release_if_of_all(Block &block, int id) {
@@ -185,8 +204,8 @@ static void try_subgroup(Block &block, Fiber &fiber) {
         if (!(mask & bit(l))) continue;
         Fiber *other = lane_of(block, fiber, l);
         freed.push_back(other->index.linear);
-        enqueue(block, *other);
     }
+    enqueue_some(block, freed);
     if (world.checked && fiber.op->orders_memory) shadow_partial(freed);
 }
 

@@ -24,12 +24,12 @@ extern EmuIndex *emu_self;
 // `run`, which computes for all.  That is the whole mechanism behind shuffles, votes, reductions,
 // ldmatrix and mma.
 struct EmuOp {
-    uint64_t mask;       // lanes that take part; 0 means all that have not returned
+    uint64_t mask; // lanes that take part; 0 means all that have not returned
     void (*run)(EmuOp *const *lanes, uint64_t mask, int size); // must be the same in all lanes
-    const void *site;    // must be the same in all lanes, where it is not null
-    const char *name;    // for messages
+    const void *site; // must be the same in all lanes, where it is not null
+    const char *name; // for messages
     int line;
-    bool orders_memory;  // what was written before is seen after
+    bool orders_memory; // what was written before is seen after
 };
 void emu_subgroup(EmuOp *op);
 
@@ -67,11 +67,34 @@ void emu_touch(const void *pointer, size_t bytes, int how, int line);
 
 // Read-modify-write that is atomic among threads of all blocks; returns the old bits.
 enum EmuRmw {
-    EMU_ADD, EMU_SUB, EMU_EXCH, EMU_MIN, EMU_MAX, EMU_INC, EMU_DEC, EMU_CAS,
-    EMU_BAND, EMU_BOR, EMU_BXOR, EMU_LOAD, EMU_STORE, EMU_MUL
+    EMU_ADD,
+    EMU_SUB,
+    EMU_EXCH,
+    EMU_MIN,
+    EMU_MAX,
+    EMU_INC,
+    EMU_DEC,
+    EMU_CAS,
+    EMU_BAND,
+    EMU_BOR,
+    EMU_BXOR,
+    EMU_LOAD,
+    EMU_STORE,
+    EMU_MUL
 };
-enum EmuType { EMU_U32, EMU_S32, EMU_U64, EMU_S64, EMU_F32, EMU_F64, EMU_F16, EMU_BF16,
-               EMU_F16X2, EMU_BF16X2, EMU_U16 };
+enum EmuType {
+    EMU_U32,
+    EMU_S32,
+    EMU_U64,
+    EMU_S64,
+    EMU_F32,
+    EMU_F64,
+    EMU_F16,
+    EMU_BF16,
+    EMU_F16X2,
+    EMU_BF16X2,
+    EMU_U16
+};
 uint64_t emu_atomic(void *p, int op, int type, uint64_t value, uint64_t compare, int line);
 
 // Copies that need not have arrived before they are waited for

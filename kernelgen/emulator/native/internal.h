@@ -42,9 +42,9 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<uint32_t> queue; // ring of the threads that can run
     uint32_t head = 0, queued = 0, done = 0, idle_yields = 0;
-    int votes[2][3];             // of reducing barriers, in turn
+    int votes[2][3]; // of reducing barriers, in turn
     std::vector<Subgroup> subgroups;
-    uint32_t waiting[16] = {};   // threads at each barrier
+    uint32_t waiting[16] = {}; // threads at each barrier
     unsigned char *stacks = nullptr;
     std::vector<unsigned char> saved; // its shared memory while another block runs
 };
@@ -66,7 +66,12 @@ struct Buffer {
     uint64_t map_bytes;
 };
 
-enum Flags : uint32_t { kChecked = 1, kEagerCopies = 2, kBuffersAtStart = 4, kExitIsDivergence = 8 };
+enum Flags : uint32_t {
+    kChecked = 1,
+    kEagerCopies = 2,
+    kBuffersAtStart = 4,
+    kExitIsDivergence = 8
+};
 
 struct Pointer { // an argument that is to hold a buffer's address
     void **slot;
@@ -116,7 +121,8 @@ struct Where {
     int line;
     uint64_t pc;
 };
-void report(const char *kind, Where where, Where other, const Fiber *fiber, const char *format, ...);
+void report(const char *kind, Where where, Where other, const Fiber *fiber, const char *format,
+            ...);
 void vreport(const char *kind, Where where, Where other, const Fiber *fiber, const char *format,
              va_list args);
 [[noreturn]] void abandon_block();

@@ -24,7 +24,7 @@
 
 namespace emu {
 
-constexpr size_t kPage = 16384;      // a multiple of every system's page
+constexpr size_t kPage = 16384;       // a multiple of every system's page
 constexpr size_t kGuard = 64 * kPage; // unmapped on both sides of a buffer
 constexpr unsigned char kSlack = 0xA7;
 constexpr uint32_t kMaxFindings = sizeof(Shared::list) / sizeof(Finding);
@@ -78,8 +78,7 @@ bool describe_address(const void *pointer, char *text, size_t size) {
         const Buffer &b = world.launch->buffers[i];
         if (p < b.map || p >= b.map + b.map_bytes) continue;
         snprintf(text, size, "byte %lld of buffer %u, which has %llu bytes",
-                 static_cast<long long>(p - b.base), i,
-                 static_cast<unsigned long long>(b.bytes));
+                 static_cast<long long>(p - b.base), i, static_cast<unsigned long long>(b.bytes));
         return true;
     }
     if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic + 4096) {
@@ -94,7 +93,8 @@ bool outside_buffers(const void *pointer, size_t bytes) {
     const unsigned char *p = static_cast<const unsigned char *>(pointer);
     for (uint32_t i = 0; i < world.launch->buffer_count; i++) {
         const Buffer &b = world.launch->buffers[i];
-        if (p >= b.map && p < b.map + b.map_bytes) return p < b.base || p + bytes > b.base + b.bytes;
+        if (p >= b.map && p < b.map + b.map_bytes)
+            return p < b.base || p + bytes > b.base + b.bytes;
     }
     if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic)
         return p + bytes > emu_dynamic_shared + world.launch->dynamic_shared;
@@ -121,8 +121,10 @@ static void on_signal(int number, siginfo_t *info, void *context) {
     Where where{0, code_offset(program_counter(context))};
     if (!where.pc && fiber) where.line = fiber->index.line;
     if (!fiber) {
-        report("crash", where, {}, nullptr, "signal %d between threads: a bug of the emulator, or "
-               "memory that a kernel overwrote", number);
+        report("crash", where, {}, nullptr,
+               "signal %d between threads: a bug of the emulator, or "
+               "memory that a kernel overwrote",
+               number);
         _exit(1);
     }
     char text[128];
@@ -143,7 +145,8 @@ static void on_signal(int number, siginfo_t *info, void *context) {
     else if (describe_address(address, text, sizeof text))
         report("bounds", where, {}, fiber, "out of bounds: %s", text);
     else if (!address)
-        report("bounds", where, {}, fiber, "a null pointer, a misaligned vector access, or an "
+        report("bounds", where, {}, fiber,
+               "a null pointer, a misaligned vector access, or an "
                "address that no pointer can have");
     else
         report("bounds", where, {}, fiber, "out of bounds: address %p is in no buffer",
@@ -160,7 +163,8 @@ static void catch_signals() {
     struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int s : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGALRM}) sigaction(s, &action, nullptr);
+    for (int s : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGALRM})
+        sigaction(s, &action, nullptr);
     itimerval timer{};
     double seconds = world.launch->seconds;
     timer.it_value.tv_sec = time_t(seconds);
@@ -198,8 +202,10 @@ static void unmap_buffer(Buffer &b, uint32_t number) {
     for (size_t i = 0; i < pages; i++) {
         long long at = first + i - b.base;
         if ((at >= 0 && at < static_cast<long long>(b.bytes)) || first[i] == kSlack) continue;
-        report("bounds", {}, {}, nullptr, "some thread wrote byte %lld of buffer %u, which has "
-               "%llu bytes", at, number, static_cast<unsigned long long>(b.bytes));
+        report("bounds", {}, {}, nullptr,
+               "some thread wrote byte %lld of buffer %u, which has "
+               "%llu bytes",
+               at, number, static_cast<unsigned long long>(b.bytes));
         break;
     }
     memcpy(b.data, b.base, b.bytes);
@@ -283,7 +289,8 @@ static void save_shared(Block &block) {
     size_t dynamic = world.launch->dynamic_shared;
     block.saved.resize(dynamic + world.static_bytes);
     std::copy(emu_dynamic_shared, emu_dynamic_shared + dynamic, block.saved.begin());
-    std::copy(world.statics, world.statics + world.static_bytes, block.saved.begin() + long(dynamic));
+    std::copy(world.statics, world.statics + world.static_bytes,
+              block.saved.begin() + long(dynamic));
 }
 
 static void restore_shared(const Block &block) {

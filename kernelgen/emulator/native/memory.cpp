@@ -66,14 +66,18 @@ uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t c
         return result;
     };
     switch (type) {
-    case EMU_S32: return bits_of(combine(op, as<int32_t>(old), as<int32_t>(value), as<int32_t>(compare)));
+    case EMU_S32:
+        return bits_of(combine(op, as<int32_t>(old), as<int32_t>(value), as<int32_t>(compare)));
     case EMU_U64: return combine<uint64_t>(op, old, value, compare);
     case EMU_S64: return bits_of(combine(op, int64_t(old), int64_t(value), int64_t(compare)));
     case EMU_F32: return bits_of(combine(op, as<float>(old), as<float>(value), as<float>(compare)));
-    case EMU_F64: return bits_of(combine(op, as<double>(old), as<double>(value), as<double>(compare)));
+    case EMU_F64:
+        return bits_of(combine(op, as<double>(old), as<double>(value), as<double>(compare)));
     case EMU_U16: return combine<uint16_t>(op, uint16_t(old), uint16_t(value), uint16_t(compare));
-    case EMU_F16: case EMU_F16X2: return halves(emu_to_f16, emu_from_f16);
-    case EMU_BF16: case EMU_BF16X2: return halves(emu_to_bf16, emu_from_bf16);
+    case EMU_F16:
+    case EMU_F16X2: return halves(emu_to_f16, emu_from_f16);
+    case EMU_BF16:
+    case EMU_BF16X2: return halves(emu_to_bf16, emu_from_bf16);
     default: return combine<uint32_t>(op, uint32_t(old), uint32_t(value), uint32_t(compare));
     }
 }
@@ -106,8 +110,8 @@ uint64_t emu_atomic(void *p, int op, int type, uint64_t value, uint64_t compare,
     Fiber &me = *self();
     me.index.line = line;
     if (uintptr_t(p) % bytes)
-        emu_fail("misaligned", line, "atomic operation on address %p, which is not a multiple of %zu",
-                 p, bytes);
+        emu_fail("misaligned", line,
+                 "atomic operation on address %p, which is not a multiple of %zu", p, bytes);
     emu_touch(p, bytes, EMU_ATOMIC, line);
     world.shared->atomics = 1;
     uint64_t old = is64   ? exchange<uint64_t>(p, op, type, value, compare)
@@ -116,7 +120,8 @@ uint64_t emu_atomic(void *p, int op, int type, uint64_t value, uint64_t compare,
     // a thread that polls looks again and again at what stays the same
     bool unchanged = op == EMU_LOAD || (op == EMU_CAS && old != compare) ||
                      (op == EMU_EXCH && old == value) || (op == EMU_ADD && !value) ||
-                     (op == EMU_BOR && !value) || ((op == EMU_MAX || op == EMU_MIN) && old == value);
+                     (op == EMU_BOR && !value) ||
+                     ((op == EMU_MAX || op == EMU_MIN) && old == value);
     if (unchanged && ++me.polls > 8) {
         me.polls = 0;
         emu_yield(line);

@@ -18,12 +18,12 @@ struct Type {
 
 struct Operand {
     enum Form : uint8_t { kRegister, kNumber, kMemory, kVector, kSink } form = kNumber;
-    bool negated = false;          // !p, or -x
-    bool is_float = false;         // a number with a point, or 0f...
-    int slot = 0, second = -1;     // register; second of p|q
-    int64_t number = 0;            // number, or offset of [register + offset]
+    bool negated = false;      // !p, or -x
+    bool is_float = false;     // a number with a point, or 0f...
+    int slot = 0, second = -1; // register; second of p|q
+    int64_t number = 0;        // number, or offset of [register + offset]
     double real = 0;
-    std::vector<Operand> parts;    // of a vector
+    std::vector<Operand> parts; // of a vector
 };
 
 struct Exec;
@@ -36,9 +36,9 @@ struct Instr {
     std::vector<std::string> words; // of the name, parted at its points
     std::vector<Type> types;        // among them
     std::vector<Operand> operands;
-    int guard = -1;                 // register of @p
+    int guard = -1; // register of @p
     bool guard_negated = false;
-    int code = 0;                   // what the handler makes of the name
+    int code = 0; // what the handler makes of the name
 
     bool has(const char *word) const {
         for (const std::string &w : words)

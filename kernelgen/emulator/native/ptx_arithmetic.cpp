@@ -30,7 +30,8 @@ static float from_byte_float(uint8_t bits, bool e5m2) {
     if (e5m2) return emu_from_f16(uint16_t(bits << 8));
     if ((bits & 0x7f) == 0x7f) return NAN;
     int exponent = bits >> 3 & 15, fraction = bits & 7;
-    float size = exponent ? ldexpf(float(fraction + 8), exponent - 10) : ldexpf(float(fraction), -9);
+    float size =
+        exponent ? ldexpf(float(fraction + 8), exponent - 10) : ldexpf(float(fraction), -9);
     return bits & 0x80 ? -size : size;
 }
 
@@ -63,13 +64,23 @@ static uint64_t special(int which) {
     const EmuIndex &i = *emu_self;
     uint64_t lane = uint64_t(1) << i.lane;
     switch (which) {
-    case 0: case 1: case 2: return i.thread[which];
-    case 3: case 4: case 5: return i.block_dim[which - 3];
-    case 6: case 7: case 8: return i.block[which - 6];
-    case 9: case 10: case 11: return i.grid[which - 9];
+    case 0:
+    case 1:
+    case 2: return i.thread[which];
+    case 3:
+    case 4:
+    case 5: return i.block_dim[which - 3];
+    case 6:
+    case 7:
+    case 8: return i.block[which - 6];
+    case 9:
+    case 10:
+    case 11: return i.grid[which - 9];
     case 12: return i.lane;
     case 13: return i.subgroup;
-    case 14: case 15: case 18: return emu_clock();
+    case 14:
+    case 15:
+    case 18: return emu_clock();
     case 17: return lane - 1;
     case 19: return 2 * lane - 1;
     case 20: return lane;
@@ -82,8 +93,8 @@ static uint64_t special(int which) {
 uint64_t Exec::get(const Operand &o, Type t) const {
     if (o.form == Operand::kNumber) {
         if (t.kind == kFloat) return from_double(o.is_float ? o.real : double(o.number), t);
-        if (o.is_float) return t.bits == 64 ? recast<uint64_t>(o.real)
-                                            : recast<uint32_t>(float(o.real));
+        if (o.is_float)
+            return t.bits == 64 ? recast<uint64_t>(o.real) : recast<uint32_t>(float(o.real));
         return truncate(uint64_t(o.number), t.bits);
     }
     if (o.form != Operand::kRegister) return 0;
@@ -99,8 +110,36 @@ void Exec::set(const Operand &o, uint64_t value) const {
 // ---- names that do the same at every type
 
 enum Code {
-    kAdd, kSub, kMul, kMad, kFma, kMin, kMax, kDiv, kRem, kAnd, kOr, kXor, kNot, kShl, kShr, kNeg,
-    kAbs, kRcp, kSqrt, kRsqrt, kEx2, kLg2, kSin, kCos, kTanh, kPopc, kClz, kBrev, kMov, kCnot,
+    kAdd,
+    kSub,
+    kMul,
+    kMad,
+    kFma,
+    kMin,
+    kMax,
+    kDiv,
+    kRem,
+    kAnd,
+    kOr,
+    kXor,
+    kNot,
+    kShl,
+    kShr,
+    kNeg,
+    kAbs,
+    kRcp,
+    kSqrt,
+    kRsqrt,
+    kEx2,
+    kLg2,
+    kSin,
+    kCos,
+    kTanh,
+    kPopc,
+    kClz,
+    kBrev,
+    kMov,
+    kCnot,
     kCopysign
 };
 
@@ -109,7 +148,8 @@ static double float_result(int code, double a, double b, double c, bool wide) {
     case kAdd: return a + b;
     case kSub: return a - b;
     case kMul: return a * b;
-    case kMad: case kFma: return wide ? fma(a, b, c) : double(fmaf(float(a), float(b), float(c)));
+    case kMad:
+    case kFma: return wide ? fma(a, b, c) : double(fmaf(float(a), float(b), float(c)));
     case kMin: return fmin(a, b);
     case kMax: return fmax(a, b);
     case kDiv: return a / b;
@@ -134,8 +174,10 @@ static uint64_t int_result(const Instr &i, Type t, uint64_t ua, uint64_t ub, uin
     switch (i.code) {
     case kAdd: return ua + ub;
     case kSub: return ua - ub;
-    case kMul: case kMad: {
-        __int128 product = is_signed ? __int128(a) * b : __int128(static_cast<unsigned __int128>(ua) * ub);
+    case kMul:
+    case kMad: {
+        __int128 product =
+            is_signed ? __int128(a) * b : __int128(static_cast<unsigned __int128>(ua) * ub);
         uint64_t part = i.has("hi") ? uint64_t(product >> t.bits) : uint64_t(product);
         return part + (i.code == kMad ? uc : 0);
     }
@@ -149,8 +191,10 @@ static uint64_t int_result(const Instr &i, Type t, uint64_t ua, uint64_t ub, uin
     case kNot: return ~ua;
     case kCnot: return ua == 0;
     case kShl: return ub >= t.bits ? 0 : ua << ub; // a GPU clamps
-    case kShr: return is_signed ? uint64_t(a >> std::min<uint64_t>(ub, t.bits - 1u))
-                                : ub >= t.bits ? 0 : ua >> ub;
+    case kShr:
+        return is_signed      ? uint64_t(a >> std::min<uint64_t>(ub, t.bits - 1u))
+               : ub >= t.bits ? 0
+                              : ua >> ub;
     case kNeg: return 0 - ua;
     case kAbs: return uint64_t(a < 0 ? -a : a);
     case kPopc: return uint64_t(__builtin_popcountll(ua));
@@ -286,7 +330,9 @@ static void setp(Exec &e, const Instr &i) {
     bool no = !yes;
     if (i.operands.size() > 3) {
         bool c = e.get(i.operands[3], predicate);
-        auto combine = [&](bool v) { return i.has("and") ? v && c : i.has("or") ? v || c : v != c; };
+        auto combine = [&](bool v) {
+            return i.has("and") ? v && c : i.has("or") ? v || c : v != c;
+        };
         yes = combine(yes);
         no = combine(no);
     }
@@ -314,8 +360,10 @@ static uint64_t convert(double value, uint64_t bits, Type to, Type from, const I
         }
         return truncate(uint64_t(v), to.bits);
     }
-    double whole = i.has("rni") ? nearbyint(value) : i.has("rmi") ? floor(value)
-                   : i.has("rpi") ? ceil(value) : trunc(value);
+    double whole = i.has("rni")   ? nearbyint(value)
+                   : i.has("rmi") ? floor(value)
+                   : i.has("rpi") ? ceil(value)
+                                  : trunc(value);
     double low = to.kind == kSigned ? -ldexp(1, to.bits - 1) : 0;
     double high = ldexp(1, to.kind == kSigned ? to.bits - 1 : to.bits);
     if (whole != whole) return 0;
@@ -391,19 +439,21 @@ static void dot(Exec &e, const Instr &i) {
 
 Handler find_arithmetic(Instr &instr) {
     static const std::map<std::string, std::pair<Code, size_t>> plain = {
-        {"add", {kAdd, 3}}, {"sub", {kSub, 3}}, {"mul", {kMul, 3}}, {"mad", {kMad, 4}},
-        {"fma", {kFma, 4}}, {"min", {kMin, 3}}, {"max", {kMax, 3}}, {"div", {kDiv, 3}},
-        {"rem", {kRem, 3}}, {"and", {kAnd, 3}}, {"or", {kOr, 3}}, {"xor", {kXor, 3}},
-        {"not", {kNot, 2}}, {"shl", {kShl, 3}}, {"shr", {kShr, 3}}, {"neg", {kNeg, 2}},
-        {"abs", {kAbs, 2}}, {"rcp", {kRcp, 2}}, {"sqrt", {kSqrt, 2}}, {"rsqrt", {kRsqrt, 2}},
-        {"ex2", {kEx2, 2}}, {"lg2", {kLg2, 2}}, {"sin", {kSin, 2}}, {"cos", {kCos, 2}},
-        {"tanh", {kTanh, 2}}, {"popc", {kPopc, 2}}, {"clz", {kClz, 2}}, {"brev", {kBrev, 2}},
-        {"cnot", {kCnot, 2}}, {"copysign", {kCopysign, 3}},
+        {"add", {kAdd, 3}},   {"sub", {kSub, 3}},     {"mul", {kMul, 3}},
+        {"mad", {kMad, 4}},   {"fma", {kFma, 4}},     {"min", {kMin, 3}},
+        {"max", {kMax, 3}},   {"div", {kDiv, 3}},     {"rem", {kRem, 3}},
+        {"and", {kAnd, 3}},   {"or", {kOr, 3}},       {"xor", {kXor, 3}},
+        {"not", {kNot, 2}},   {"shl", {kShl, 3}},     {"shr", {kShr, 3}},
+        {"neg", {kNeg, 2}},   {"abs", {kAbs, 2}},     {"rcp", {kRcp, 2}},
+        {"sqrt", {kSqrt, 2}}, {"rsqrt", {kRsqrt, 2}}, {"ex2", {kEx2, 2}},
+        {"lg2", {kLg2, 2}},   {"sin", {kSin, 2}},     {"cos", {kCos, 2}},
+        {"tanh", {kTanh, 2}}, {"popc", {kPopc, 2}},   {"clz", {kClz, 2}},
+        {"brev", {kBrev, 2}}, {"cnot", {kCnot, 2}},   {"copysign", {kCopysign, 3}},
     };
     static const std::map<std::string, std::pair<Handler, size_t>> own = {
-        {"lop3", {lop3, 5}}, {"prmt", {prmt, 4}}, {"setp", {setp, 3}}, {"selp", {selp, 4}},
-        {"shf", {funnel, 4}}, {"bfe", {bit_field, 4}}, {"bfi", {bit_field, 5}},
-        {"dp4a", {dot, 4}}, {"dp2a", {dot, 4}}, {"mov", {move, 2}}, {"cvt", {cvt, 2}},
+        {"lop3", {lop3, 5}},  {"prmt", {prmt, 4}},     {"setp", {setp, 3}},     {"selp", {selp, 4}},
+        {"shf", {funnel, 4}}, {"bfe", {bit_field, 4}}, {"bfi", {bit_field, 5}}, {"dp4a", {dot, 4}},
+        {"dp2a", {dot, 4}},   {"mov", {move, 2}},      {"cvt", {cvt, 2}},
     };
     // what changes a result and is not done here must not pass unseen
     for (const char *word : {"cc", "rm", "rp", "satfinite", "nan", "xorsign"})

@@ -105,8 +105,8 @@ template <class T> void multiply(EmuOp *const *ops, uint64_t mask, int) {
         for (int n = 0; n < s.m / 4; n++) {
             int y = l / 4 + 8 * (n / 2), x = l % 4 * 2 + n % 2;
             bool packed = c.bits == 16, to_packed = d.bits == 16;
-            uint64_t old = packed ? part(op, 3, size_t(n / 2)) >> 16 * (n % 2)
-                                  : part(op, 3, size_t(n));
+            uint64_t old =
+                packed ? part(op, 3, size_t(n / 2)) >> 16 * (n % 2) : part(op, 3, size_t(n));
             if constexpr (sizeof(T) == 4 && T(0.5f) != T(0)) {
                 uint64_t bits = from_double(double(sums[y][x] + to_float(old, c)), d);
                 words[to_packed ? n / 2 : n] |= bits << (to_packed ? 16 * (n % 2) : 0);
@@ -131,13 +131,15 @@ bool known_mma(const Instr &i) {
     Shape s{};
     for (const std::string &w : i.words)
         if (parse_shape(w, s)) break;
-    if (i.operands.size() != 4 || i.types.size() != 4 || !i.has("row") || !i.has("col")) return false;
+    if (i.operands.size() != 4 || i.types.size() != 4 || !i.has("row") || !i.has("col"))
+        return false;
     if (i.words[1] != "sync" || !i.has("aligned") || i.has_prefix("sp")) return false;
     const Type &d = i.types[0], &a = i.types[1], &b = i.types[2], &c = i.types[3];
     bool shape = false;
     if (a.kind == kFloat) {
         if (a.family != b.family && a.bits != 8) return false;
-        if (c.kind != kFloat || d.kind != kFloat || (a.family != 'f' && (c.bits != 32 || d.bits != 32)))
+        if (c.kind != kFloat || d.kind != kFloat ||
+            (a.family != 'f' && (c.bits != 32 || d.bits != 32)))
             return false;
         if (a.family == 'f' && a.bits != 16) return false;
         int words = s.k * a.bits / 32; // of a row
@@ -217,7 +219,8 @@ void shuffle(EmuOp *const *ops, uint64_t mask, int) {
         else inside = (from = first | (b & ~segment)) <= last;
         if (!inside) from = l;
         if (!(mask & bit(uint32_t(from))))
-            emu_fail("mask", op.line, "lane %d shuffles from lane %d, which takes no part", l, from);
+            emu_fail("mask", op.line, "lane %d shuffles from lane %d, which takes no part", l,
+                     from);
         results[l] = part(lane(ops, from), 1, 0) | uint64_t(inside) << 32;
     }
     for (int l = 0; l < 32; l++) {

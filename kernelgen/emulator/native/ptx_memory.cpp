@@ -79,8 +79,8 @@ static void store(Exec &e, const Instr &i) {
 static void atomic(Exec &e, const Instr &i) {
     static const std::map<std::string, EmuRmw> operations = {
         {"add", EMU_ADD}, {"exch", EMU_EXCH}, {"min", EMU_MIN}, {"max", EMU_MAX},
-        {"inc", EMU_INC}, {"dec", EMU_DEC}, {"cas", EMU_CAS}, {"and", EMU_BAND},
-        {"or", EMU_BOR}, {"xor", EMU_BXOR}};
+        {"inc", EMU_INC}, {"dec", EMU_DEC},   {"cas", EMU_CAS}, {"and", EMU_BAND},
+        {"or", EMU_BOR},  {"xor", EMU_BXOR}};
     Type t = i.types.back();
     bool red = i.words[0] == "red";
     size_t at = red ? 0 : 1; // red has no result
@@ -160,12 +160,20 @@ Handler find_memory(Instr &instr) {
         bool typed;
     };
     static const std::map<std::string, Entry> names = {
-        {"ld", {load, 2, true}}, {"ldu", {load, 2, true}}, {"st", {store, 2, true}},
-        {"atom", {atomic, 3, true}}, {"red", {atomic, 2, true}}, {"cvta", {to_shared, 2, true}},
-        {"membar", {nothing, 0, false}}, {"fence", {nothing, 0, false}},
-        {"prefetch", {nothing, 1, false}}, {"prefetchu", {nothing, 1, false}},
-        {"griddepcontrol", {nothing, 0, false}}, {"nanosleep", {sleep, 1, false}},
-        {"createpolicy", {policy, 1, false}}, {"trap", {trap, 0, false}},
+        {"ld", {load, 2, true}},
+        {"ldu", {load, 2, true}},
+        {"st", {store, 2, true}},
+        {"atom", {atomic, 3, true}},
+        {"red", {atomic, 2, true}},
+        {"cvta", {to_shared, 2, true}},
+        {"membar", {nothing, 0, false}},
+        {"fence", {nothing, 0, false}},
+        {"prefetch", {nothing, 1, false}},
+        {"prefetchu", {nothing, 1, false}},
+        {"griddepcontrol", {nothing, 0, false}},
+        {"nanosleep", {sleep, 1, false}},
+        {"createpolicy", {policy, 1, false}},
+        {"trap", {trap, 0, false}},
         {"activemask", {active, 1, false}},
     };
     bool waits = instr.words[0] == "bar" || instr.words[0] == "barrier";

@@ -13,17 +13,17 @@ namespace emu::ptx {
 
 bool parse_type(const std::string &word, Type &type) {
     static const std::map<std::string, Type> types = {
-        {"pred", {kPredicate, 1, 1, 0}},   {"b8", {kBits, 8, 1, 0}},
-        {"b16", {kBits, 16, 1, 0}},        {"b32", {kBits, 32, 1, 0}},
-        {"b64", {kBits, 64, 1, 0}},        {"u8", {kUnsigned, 8, 1, 0}},
-        {"u16", {kUnsigned, 16, 1, 0}},    {"u32", {kUnsigned, 32, 1, 0}},
-        {"u64", {kUnsigned, 64, 1, 0}},    {"s8", {kSigned, 8, 1, 0}},
-        {"s16", {kSigned, 16, 1, 0}},      {"s32", {kSigned, 32, 1, 0}},
-        {"s64", {kSigned, 64, 1, 0}},      {"f16", {kFloat, 16, 1, 'f'}},
-        {"f16x2", {kFloat, 16, 2, 'f'}},   {"bf16", {kFloat, 16, 1, 'b'}},
-        {"bf16x2", {kFloat, 16, 2, 'b'}},  {"f32", {kFloat, 32, 1, 'f'}},
-        {"f64", {kFloat, 64, 1, 'f'}},     {"tf32", {kFloat, 32, 1, 't'}},
-        {"e4m3", {kFloat, 8, 1, '4'}},     {"e5m2", {kFloat, 8, 1, '5'}},
+        {"pred", {kPredicate, 1, 1, 0}},  {"b8", {kBits, 8, 1, 0}},
+        {"b16", {kBits, 16, 1, 0}},       {"b32", {kBits, 32, 1, 0}},
+        {"b64", {kBits, 64, 1, 0}},       {"u8", {kUnsigned, 8, 1, 0}},
+        {"u16", {kUnsigned, 16, 1, 0}},   {"u32", {kUnsigned, 32, 1, 0}},
+        {"u64", {kUnsigned, 64, 1, 0}},   {"s8", {kSigned, 8, 1, 0}},
+        {"s16", {kSigned, 16, 1, 0}},     {"s32", {kSigned, 32, 1, 0}},
+        {"s64", {kSigned, 64, 1, 0}},     {"f16", {kFloat, 16, 1, 'f'}},
+        {"f16x2", {kFloat, 16, 2, 'f'}},  {"bf16", {kFloat, 16, 1, 'b'}},
+        {"bf16x2", {kFloat, 16, 2, 'b'}}, {"f32", {kFloat, 32, 1, 'f'}},
+        {"f64", {kFloat, 64, 1, 'f'}},    {"tf32", {kFloat, 32, 1, 't'}},
+        {"e4m3", {kFloat, 8, 1, '4'}},    {"e5m2", {kFloat, 8, 1, '5'}},
     };
     auto found = types.find(word);
     if (found == types.end()) return false;
@@ -119,14 +119,16 @@ class Parser {
     int reg(const std::string &text, const std::string &statement) {
         if (text.size() > 1 && text[0] == '%' && isdigit(static_cast<unsigned char>(text[1]))) {
             int slot = atoi(text.c_str() + 1);
-            if (slot >= inputs_) fail("operand " + text + ", which the statement lacks,", statement);
+            if (slot >= inputs_)
+                fail("operand " + text + ", which the statement lacks,", statement);
             return slot;
         }
         static const char *const special[] = {
-            "%%tid.x", "%%tid.y", "%%tid.z", "%%ntid.x", "%%ntid.y", "%%ntid.z", "%%ctaid.x",
-            "%%ctaid.y", "%%ctaid.z", "%%nctaid.x", "%%nctaid.y", "%%nctaid.z", "%%laneid",
-            "%%warpid", "%%clock", "%%globaltimer", "%%smid", "%%lanemask_lt", "%%clock64",
-            "%%lanemask_le", "%%lanemask_eq", "%%lanemask_ge", "%%lanemask_gt"};
+            "%%tid.x",       "%%tid.y",       "%%tid.z",       "%%ntid.x",  "%%ntid.y",
+            "%%ntid.z",      "%%ctaid.x",     "%%ctaid.y",     "%%ctaid.z", "%%nctaid.x",
+            "%%nctaid.y",    "%%nctaid.z",    "%%laneid",      "%%warpid",  "%%clock",
+            "%%globaltimer", "%%smid",        "%%lanemask_lt", "%%clock64", "%%lanemask_le",
+            "%%lanemask_eq", "%%lanemask_ge", "%%lanemask_gt"};
         for (size_t i = 0; i < sizeof special / sizeof *special; i++)
             if (text == special[i]) return -2 - int(i);
         auto found = names_.find(text);
@@ -263,8 +265,6 @@ void unknown(const Instr &instr, int line) {
              instr.text.c_str());
 }
 
-Site *parse(const char *text, int operands, int line) {
-    return Parser(text, operands, line).run();
-}
+Site *parse(const char *text, int operands, int line) { return Parser(text, operands, line).run(); }
 
 } // namespace emu::ptx

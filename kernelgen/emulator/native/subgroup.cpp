@@ -38,7 +38,8 @@ void shuffle(EmuOp *const *ops, uint64_t mask, int size) {
         }
         bool there = from >= 0 && from < 64 && (mask & bit(uint32_t(from)));
         if (!there && op.mask)
-            emu_fail("mask", op.line, "lane %d shuffles from lane %d, which takes no part", l, from);
+            emu_fail("mask", op.line, "lane %d shuffles from lane %d, which takes no part", l,
+                     from);
         op.result = there ? lane(ops, from).value : ~uint64_t(0);
     }
 }

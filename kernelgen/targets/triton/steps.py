@@ -77,6 +77,10 @@ class Pointer:
     stride: int
 
 
+#: what has a pointer: a field, as elements of a type
+Pointers = dict[tuple[Field, str], Pointer]
+
+
 @dataclass(frozen=True)
 class TensorSteps:
     """The expressions of one format in a layout.
@@ -116,7 +120,7 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
     `unrolled`: `g` is a number when the kernel is compiled, so that only those branches of a
     selection by `g` are compiled that are taken.
     """
-    pointers: dict[str, Pointer] = {}
+    pointers: Pointers = {}
 
     def lower(expr: Expr | None) -> Expr | None:
         if expr is None:
@@ -266,9 +270,7 @@ def _inside(expr: Expr, fmt: BlockFormat, unrolled: bool) -> Expr:
     return visit(expr, np.ones(fmt.groups, np.bool_))
 
 
-def _pointed(
-    expr: Expr, fmt: BlockFormat, layout: Layout, pointers: dict[str, Pointer]
-) -> Expr:  # fmt: skip
+def _pointed(expr: Expr, fmt: BlockFormat, layout: Layout, pointers: Pointers) -> Expr:
     """Loads replaced by fetches: from a pointer of the walk, and how many of its elements on."""
 
     def change(node: Expr) -> Expr | None:
@@ -281,13 +283,12 @@ def _pointed(
             raise TargetError(f"layout {layout.name} tears fields apart, which tensors do not read")
         unit = math.gcd(place.align, storage.nbytes)
         dtype = _pointer_type(storage, unit)
-        name = one.name
-        if any(p.field is one and p.dtype != dtype for p in pointers.values()):
-            name += f"_{dtype}"
-        if name not in pointers:
-            pointers[name] = _pointer(fmt, layout, one, name, dtype, unit)
+        if (one, dtype) not in pointers:
+            another = any(field is one for field, _ in pointers)
+            name = f"{one.name}_as_{dtype}" if another else one.name
+            pointers[one, dtype] = _pointer(fmt, layout, one, name, dtype, unit)
         index = simplify(node.args[0] * (storage.nbytes // unit))
-        at = var(pointers[name].at, 1 << 31)
+        at = var(pointers[one, dtype].at, 1 << 31)
         return Expr("fetch", node.dtype, (at, index), (storage, unit))
 
     return transform(expr, change)

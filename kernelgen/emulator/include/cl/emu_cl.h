@@ -59,8 +59,8 @@ int printf(const __constant char *format, ...);
 float expf(float); float exp2f(float); float exp10f(float); float logf(float); float log2f(float);
 float log10f(float); float sqrtf(float); float sinf(float); float cosf(float); float tanf(float);
 float tanhf(float); float sinhf(float); float coshf(float); float asinf(float); float acosf(float);
-float atanf(float); float fabsf(float); float floorf(float); float ceilf(float); float roundf(float);
-float nearbyintf(float); float truncf(float); float erff(float); float cbrtf(float);
+float atanf(float); float fabsf(float); float floorf(float); float ceilf(float);
+float roundf(float); float nearbyintf(float); float truncf(float); float erff(float); float cbrtf(float);
 float powf(float, float); float fmaxf(float, float); float fminf(float, float);
 float fmodf(float, float); float atan2f(float, float); float copysignf(float, float);
 float fmaf(float, float, float); float ldexpf(float, int); double fma(double, double, double);
@@ -166,7 +166,9 @@ EMU_ALL_MATH1(EMU_MATH1)
 EMU_ALL_MATH2(EMU_MATH2)
 
 static inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
-static inline half fma(half a, half b, half c) { return (half)fma((double)a, (double)b, (double)c); }
+static inline half fma(half a, half b, half c) {
+    return (half)fma((double)a, (double)b, (double)c);
+}
 static inline float mad(float a, float b, float c) { return a * b + c; }
 static inline half mad(half a, half b, half c) { return a * b + c; }
 static inline float mix(float a, float b, float t) { return a + (b - a) * t; }
@@ -183,7 +185,9 @@ static inline bool isinf(float x) { return fabsf(x) == __builtin_inff(); }
     EMU_WIDTHS(EMU_WIDE2, min, T) EMU_WIDTHS(EMU_WIDE2, max, T) EMU_WIDTHS(EMU_WIDE3, clamp, T)
 EMU_TYPES(EMU_MINMAX)
 #define EMU_COUNTS(T)                                                                              \
-    static inline T popcount(T v) { return (T)__builtin_popcountl((ulong)v & (~0ul >> (64 - 8 * sizeof(T)))); } \
+    static inline T popcount(T v) {                                                                \
+        return (T)__builtin_popcountl((ulong)v & (~0ul >> (64 - 8 * sizeof(T))));                  \
+    }                                                                                              \
     EMU_WIDTHS(EMU_WIDE1, popcount, T)
 EMU_INTEGERS(EMU_COUNTS)
 

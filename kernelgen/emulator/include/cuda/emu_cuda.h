@@ -439,10 +439,11 @@ template <char kind> inline EmuOperand operand(int value, bool) {
 namespace emu {
 template <class T> struct argument {
     using type = std::remove_cv_t<std::remove_reference_t<T>>;
+    static constexpr char number = std::is_signed<type>::value ? 'i' : 'u';
     static constexpr char kind = std::is_pointer<type>::value          ? 'p'
                                  : std::is_floating_point<type>::value ? 'f'
-                                 : std::is_integral<type>::value ? std::is_signed<type>::value ? 'i' : 'u'
-                                                                 : 'o';
+                                 : std::is_integral<type>::value       ? number
+                                                                       : 'o';
 };
 template <class... Args, size_t... I>
 inline void call(void (*kernel)(Args...), void **args, std::index_sequence<I...>) {

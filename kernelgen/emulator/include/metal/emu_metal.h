@@ -177,7 +177,7 @@ static inline ulong emu_place(int i, ulong pitch, ulong2 origin, bool across) {
 }
 #define EMU_MATRIX_MEMORY(space)                                                                   \
     template <class T>                                                                             \
-    static inline void simdgroup_load(__private typename EmuMatrix<T>::type &m, const space T *p,             \
+    static inline void simdgroup_load(__private typename EmuMatrix<T>::type &m, const space T *p, \
                                       ulong pitch = 8, ulong2 origin = (ulong2)(0, 0),             \
                                       bool across = false, EMU_LINE) {                             \
         emu_vote(EMU_ANY, 0, 0, line); /* all lanes must be here */                                \
@@ -192,7 +192,8 @@ static inline ulong emu_place(int i, ulong pitch, ulong2 origin, bool across) {
     }
 EMU_MATRIX_MEMORY(__global)
 EMU_MATRIX_MEMORY(__local)
-extern "C" void emu_multiply8(__private float *sum, float a0, float a1, float b0, float b1, int line);
+extern "C" void emu_multiply8(__private float *sum, float a0, float a1, float b0, float b1,
+                              int line);
 template <class D, class A, class B, class C>
 static inline void simdgroup_multiply_accumulate(__private D &d, A a, B b, C c, EMU_LINE) {
     float sum[2] = {(float)c[0], (float)c[1]};

@@ -177,8 +177,15 @@ EMU_TYPES(EMU_VMEMORY_OF)
 EMU_HALVES(__global)
 EMU_HALVES(__local)
 EMU_HALVES(__constant)
+EMU_HALVES(__private)
 static inline void vstore_half(float v, size_t at, __global half *p) { p[at] = (half)v; }
 static inline void vstore_half(float v, size_t at, __local half *p) { p[at] = (half)v; }
+static inline void vstore_half(float v, size_t at, __private half *p) { p[at] = (half)v; }
+#define EMU_STORE_HALF(space)                                                                      \
+    static inline void vstore_half_rte(float v, size_t at, space half *p) { p[at] = (half)v; }
+EMU_STORE_HALF(__global)
+EMU_STORE_HALF(__local)
+EMU_STORE_HALF(__private)
 
 // ---- atomics
 

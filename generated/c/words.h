@@ -1,0 +1,178 @@
+// Vector words for the kernels of kernelgen, for the instruction set that the compiler is told of.
+//
+// A vector has LANES 32-bit lanes, one for each row of a tile.  u32v, i32v and f32v are GNU vector
+// types: operators work on all lanes, and a scalar operand is the same in all of them.
+#ifndef KERNELGEN_WORDS_H
+#define KERNELGEN_WORDS_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "blocks are little-endian, and the words of kernelgen take them as they lie in memory"
+#endif
+
+// The words of the best instruction set that is switched on.  Two macros choose differently:
+// KERNELGEN_SCALAR   plain C
+// KERNELGEN_AVX512   AVX-512, from a header of that name that has its intrinsics (KERNELGEN_VNNI
+//                    too) on a machine that does not: how the tests run it everywhere
+#if defined(KERNELGEN_SCALAR)
+#define LANES 4
+#elif defined(KERNELGEN_AVX512) || defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#if defined(__ARM_NEON) && defined(__aarch64__) && !defined(KERNELGEN_SCALAR)
+#define NEON 1
+#else
+#define NEON 0
+#endif
+
+// UNROLL is for the loops over words and elements, UNROLL_GROUPS for the loop around them: it makes
+// shifts of group integers constant.
+#if LANES == 4 && !NEON
+#define UNROLL  // every plain word is a loop itself: unrolled they take ten seconds to compile
+#define UNROLL_GROUPS
+#elif defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_GROUPS UNROLL
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_GROUPS  // a tenth faster, and twenty times as long to compile
+#endif
+#define INLINE static inline __attribute__((always_inline, unused))
+
+#if defined(_OPENMP)
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#define PARALLEL _Pragma("omp parallel")
+#define FOR _Pragma("omp for schedule(static)")
+#else
+#define PARALLEL_FOR
+#define PARALLEL
+#define FOR
+#endif
+
+// ---- one element ----------------------------------------------------------------------------
+
+INLINE uint16_t load_u16(const void *p) { uint16_t x; memcpy(&x, p, 2); return x; }
+INLINE uint32_t load_u32(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
+INLINE float bits_to_f32(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
+INLINE uint32_t f32_to_bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
+
+// Exact, subnormals and NaN included, also in a process that flushes subnormal floats to zero.
+INLINE float f16_to_f32(uint16_t h) {
+    const uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
+    const uint32_t normal = magnitude + (112u << 23);
+    // a leading bit puts the digits of a subnormal into place, and is taken away again
+    const uint32_t subnormal = f32_to_bits(bits_to_f32(magnitude + (113u << 23)) - 0x1p-14f);
+    const uint32_t infinite = magnitude | 0x7F800000;
+    const uint32_t exponent = h & 0x7C00;
+    const uint32_t bits = exponent == 0 ? subnormal : exponent == 0x7C00 ? infinite : normal;
+    return bits_to_f32(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
+// Element `index` of a field: `field` points at the field's first byte.
+INLINE int32_t u16_at(const uint8_t *field, ptrdiff_t index) { return load_u16(field + 2 * index); }
+INLINE int32_t i16_at(const uint8_t *field, ptrdiff_t index) {
+    return (int16_t)load_u16(field + 2 * index);
+}
+INLINE uint32_t u32_at(const uint8_t *field, ptrdiff_t index) { return load_u32(field + 4 * index); }
+INLINE float f16_at(const uint8_t *field, ptrdiff_t index) {
+    return f16_to_f32(load_u16(field + 2 * index));
+}
+INLINE float f32_at(const uint8_t *field, ptrdiff_t index) {
+    return bits_to_f32(load_u32(field + 4 * index));
+}
+
+// ---- LANES rows -----------------------------------------------------------------------------
+
+typedef uint32_t u32v __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32v __attribute__((vector_size(4 * LANES)));
+typedef float f32v __attribute__((vector_size(4 * LANES)));
+
+// Unit `index` of a field, of all rows of the tile: `field` points at the field's first unit.
+INLINE u32v rows_u32(const uint8_t *field, ptrdiff_t index) {
+    u32v x;
+    memcpy(&x, field + index * 4 * LANES, sizeof x);
+    return x;
+}
+INLINE f32v rows_f32(const uint8_t *field, ptrdiff_t index) { return (f32v)rows_u32(field, index); }
+
+INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
+INLINE f32v unsigned_to_f32(u32v x) { return __builtin_convertvector(x, f32v); }
+INLINE i32v to_i32(f32v x) { return __builtin_convertvector(x, i32v); }
+INLINE u32v splat_u32(uint32_t x) { return (u32v){0} + x; }
+INLINE i32v splat_i32(int32_t x) { return (i32v){0} + x; }
+INLINE f32v splat_f32(float x) { return x - (f32v){0}; }
+
+// a where the condition holds, which is -1 there and else 0; b in the other rows.
+INLINE i32v blend_i32(i32v condition, i32v a, i32v b) { return (a & condition) | (b & ~condition); }
+INLINE u32v blend_u32(i32v condition, u32v a, u32v b) {
+    return (u32v)blend_i32(condition, (i32v)a, (i32v)b);
+}
+INLINE f32v blend_f32(i32v condition, f32v a, f32v b) {
+    return (f32v)blend_i32(condition, (i32v)a, (i32v)b);
+}
+
+// An entry of a table for each row.
+#define gather(table, index) \
+    _Generic((table)[0], float: gather_f32, int32_t: gather_i32, uint8_t: gather_u8, \
+             int8_t: gather_i8)(table, index)
+#define GATHER(name, entry, vector)                             \
+    INLINE vector name(const entry *table, i32v index) {        \
+        vector y;                                               \
+        for (int n = 0; n < LANES; n++) y[n] = table[index[n]]; \
+        return y;                                               \
+    }
+GATHER(gather_f32, float, f32v)
+GATHER(gather_i32, int32_t, i32v)
+GATHER(gather_u8, uint8_t, i32v)
+GATHER(gather_i8, int8_t, i32v)
+
+// A function of one float, for each row.
+#define each_row(function, x)                                         \
+    ({                                                                \
+        f32v each_row_result = x;                                     \
+        for (int n = 0; n < LANES; n++)                               \
+            each_row_result[n] = (float)function(each_row_result[n]); \
+        each_row_result;                                              \
+    })
+
+// Four fields of so many bits that follow one another in x go to the bottom of a byte each.
+INLINE u32v spread(u32v x, int bits) {
+    const uint32_t mask = (1u << bits) - 1;
+    return (x & mask) | ((x >> bits) & mask) << 8 | ((x >> 2 * bits) & mask) << 16
+           | ((x >> 3 * bits) & mask) << 24;
+}
+// The same for single bits: the product puts copies of the four at distances of 7.
+INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
+
+#if LANES == 16
+#include "words_avx512.h"
+#elif LANES == 8
+#include "words_avx2.h"
+#elif NEON
+#include "words_neon.h"
+#else
+#include "words_plain.h"
+#endif
+
+// How many words a partial sum takes before it may overflow, for codes up to code_max against
+// activations up to 127: all `words` of a group, or a number that divides them.
+#define MOST_STEPS(code_max) (PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max)))
+#define DIVIDES(n, code_max, words) ((n) <= MOST_STEPS(code_max) && (words) % (n) == 0)
+#define STEPS(code_max, words)                     \
+    (DIVIDES(words, code_max, words) ? (words)     \
+     : DIVIDES(8, code_max, words)   ? 8           \
+     : DIVIDES(4, code_max, words)   ? 4           \
+     : DIVIDES(3, code_max, words)   ? 3           \
+     : DIVIDES(2, code_max, words)   ? 2 : 1)
+
+#endif
