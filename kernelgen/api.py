@@ -116,9 +116,7 @@ Runner = Callable[[Array, QuantTensor, Array], None]
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul_runner(
-    target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str
-) -> Runner:
+def _matmul_runner(target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str) -> Runner:
     """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
     the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
     runtime = _runtime(target)

@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pytest
 
 import kernelgen
-from kernelgen import targets
 from kernelgen.config import Config
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.generate import generate
@@ -43,7 +42,7 @@ AWKWARD = BlockFormat(
     },
     ints={"sum": lambda b, g: b.i[g] & 7, "scale": lambda b, g: b.let[g] + b.values},
     code=lambda b, i: (b.x[i % 16] >> (4 * (i // 16))) & 15,
-    scale=lambda b, g: b.w * (b.sum[g] + 1) + b.f32 * getattr(b, "float")[g],
+    scale=lambda b, g: b.w * (b.sum[g] + 1) + b.f32 * b.float[g],
     offset=lambda b, g: b.f32 * (
         b.scale[g] + b.M[g] + b.var[g] - b.array[g] + b.y[g] - b.u32[g] + b.kernel[g]
     ),

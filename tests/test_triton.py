@@ -55,7 +55,7 @@ from kernelgen.targets.triton.steps import (
     tensor_steps,
 )
 from kernelgen.tensor import QuantTensor
-from kernelgen.verify import verify
+from kernelgen.verify import sample_weights, verify
 from tests.ir.strategies import FIELDS, IX, POINTS, STORED, U, bools, ints, value
 from tests.made_up import THREE_BITS
 from tests.test_numpy_target import ODD, edge_blocks, finite_blocks, same_bits
@@ -116,7 +116,10 @@ def compiled_only(config: Config) -> bool:
 def product_error(kernel: Kernel, m: int, n: int, blocks: int) -> float:
     fmt = kernel.format
     k = blocks * fmt.block
-    w = QuantTensor(fmt, (n, k), finite_blocks(fmt, n * blocks))
+    data = finite_blocks(fmt, n * blocks)
+    if kernel.config.rounding:  # for numbers that have fewer bits, weights as there are
+        data = sample_weights(fmt, n, k)
+    w = QuantTensor(fmt, (n, k), data)
     x = np.random.default_rng(m).standard_normal((m, k), np.float32)
     seen = x
     if kernel.precision == "int8":

@@ -60,7 +60,8 @@ float expf(float); float exp2f(float); float exp10f(float); float logf(float); f
 float log10f(float); float sqrtf(float); float sinf(float); float cosf(float); float tanf(float);
 float tanhf(float); float sinhf(float); float coshf(float); float asinf(float); float acosf(float);
 float atanf(float); float fabsf(float); float floorf(float); float ceilf(float);
-float roundf(float); float nearbyintf(float); float truncf(float); float erff(float); float cbrtf(float);
+float roundf(float);
+float nearbyintf(float); float truncf(float); float erff(float); float cbrtf(float);
 float powf(float, float); float fmaxf(float, float); float fminf(float, float);
 float fmodf(float, float); float atan2f(float, float); float copysignf(float, float);
 float fmaf(float, float, float); float ldexpf(float, int); double fma(double, double, double);
