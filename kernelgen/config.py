@@ -237,6 +237,11 @@ class TileConfig(Config):
             return f"{needed} bytes of shared memory; the device has {caps.shared_bytes}"
         return self.lacks(caps)
 
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """For few rows of activations, a tile that is not much higher."""
+        return cls(tile_m=16, thread_m=2) if 0 < m <= 16 else cls()
+
 
 @dataclass(frozen=True)
 class FloatTileConfig(TileConfig):
@@ -287,7 +292,8 @@ class DotTileConfig(TileConfig):
     @classmethod
     def default(cls, caps: Capabilities, m: int = 0) -> Self:
         """With the instruction where there is one."""
-        return cls(dot="packed" if "dot" in caps.features else "plain")
+        chosen = super().default(caps, m)
+        return dataclasses.replace(chosen, dot="packed" if "dot" in caps.features else "plain")
 
 
 @dataclass(frozen=True)

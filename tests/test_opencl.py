@@ -113,6 +113,29 @@ def test_features_are_named() -> None:
     assert "get_sub_group_id()" in kernel.source
 
 
+#: as of a device that has every extension
+CLANG = (
+    "-x", "cl", "--target=spir64", "-Xclang", "-finclude-default-header", "-Xclang", "-cl-ext=+all",
+    "-D__opencl_c_integer_dot_product_input_4x8bit_packed", "-D__opencl_c_subgroups",
+    "-Wall", "-Wextra", "-Wno-unused", "-Wno-unused-parameter", "-Werror", "-fsyntax-only",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", (*checks.SAMPLE[::3], checks.AWKWARD), ids=name)
+def test_clang_compiles_every_variant(fmt: BlockFormat) -> None:
+    """Also those that no device here runs."""
+    clang = next(filter(None, map(shutil.which, ("clang-19", "clang-18", "clang-17"))), None)
+    if clang is None:
+        pytest.skip("there is no recent clang on the path; on Debian: apt-get install clang-19")
+    for kernel in checks.texts(TARGET, fmt):
+        standard = "CL3.0" if {"dot", "subgroups"} & set(kernel.features) else "CL1.2"
+        command = [clang, *CLANG, f"-cl-std={standard}", "-"]
+        run = subprocess.run(
+            command, input=kernel.source, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, f"{kernel.entry} {kernel.config}: {run.stderr}"
+
+
 def test_manifest_names_extensions() -> None:
     fmt = formats.get("q4_0")
     walk = TARGET.walk("matvec", fmt, "int8")

@@ -248,12 +248,13 @@ def tint() -> Path:
                 (folder / one).write_text(text)
                 (folder / ".installed").unlink(missing_ok=True)
         if not (folder / ".installed").exists():
+            command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+            patience = ["--fetch-retries=1", "--fetch-timeout=60000"]
             npm = subprocess.run(
-                ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-                cwd=folder, capture_output=True, text=True, timeout=300, check=False,
-            )  # fmt: skip
+                [*command, *patience], cwd=folder, capture_output=True, text=True, check=False
+            )
             if npm.returncode:
-                reason = (npm.stderr.strip().splitlines() or ["no reason given"])[-1]
+                reason = (npm.stderr.strip().splitlines() or ["no reason given"])[0]
                 pytest.skip(f"npm could not install Tint: {reason}")
             (folder / ".installed").touch()
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -13,6 +14,21 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+
+
+class _Program:
+    """A compiled kernel.  Its object keeps arguments between two calls, so each thread has one."""
+
+    def __init__(self, built: Any) -> None:
+        self._built = built
+        self._local = threading.local()
+
+    def kernel(self) -> Any:
+        """This thread's object."""
+        found = getattr(self._local, "kernel", None)
+        if found is None:
+            found = self._local.kernel = self._built.all_kernels()[0]
+        return found
 
 
 class OpenCLDriver:
@@ -56,7 +72,7 @@ class OpenCLDriver:
         except self._cl.Error as error:
             message, line = _complaint(str(error))
             raise rejected(self._device.name.strip(), kernel, message, line) from error
-        return built
+        return _Program(built)
 
     def _standard(self, kernel: Kernel) -> str:
         """The oldest version of the language that has what the kernel needs."""
@@ -73,8 +89,8 @@ class OpenCLDriver:
         buffers: Sequence[Buffer],
         sizes: Sequence[int],
     ) -> None:
-        """Start a grid.  A kernel object keeps its arguments, so that each launch takes its own."""
-        kernel = program.all_kernels()[0]
+        """Start a grid."""
+        kernel = program.kernel()
         kernel.set_args(*buffers, *(np.uint32(s) for s in sizes))
         self._cl.enqueue_nd_range_kernel(
             self._queue, kernel, (groups[0] * threads, groups[1]), (threads, 1)

@@ -6,9 +6,6 @@
 #pragma OPENCL EXTENSION cl_khr_subgroups : enable
 #define subgroup_sum(x) sub_group_reduce_add(x)
 %% endif
-%% if "dot" in features
-#pragma OPENCL EXTENSION cl_khr_integer_dot_product : enable
-%% endif
 #define i32(x) ((int)(x))
 #define u32(x) ((uint)(x))
 #define f32(x) ((float)(x))
