@@ -2,6 +2,7 @@
 #
 #   make demo      build kernels for a small GGUF file, prove them, multiply with them
 #   make test      formatting, types, and all tests but the slow ones
+#   make test-all  all tests; first brings what they need: a browser, qemu, Oclgrind, node
 #   make check     formatting, types, and whether generated/ is what the sources say
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SYSTEM_PACKAGES ?= yes
 
 INSTALLED := $(VENV)/.installed
-CROSS_INSTALLED := $(VENV)/.cross-installed
+ALL_INSTALLED := $(VENV)/.all-installed
 PYTEST := $(BIN)/python -m pytest -n 2
 
 # the layer that speeds are quoted for: one row of activations, and many
@@ -19,7 +20,7 @@ BENCH_SHAPES := --shape 1x4096x14336 --shape 128x4096x14336
 BENCH_FORMATS := $(foreach f,q2_K q3_K q4_0 q4_1 q4_K q5_0 q5_1 q5_K q6_K q8_0 iq4_nl mxfp4,--format $f)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-cross demo lint types generated check test test-all bench format clean
+.PHONY: help install install-all demo lint types generated check test test-all bench format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,13 +38,18 @@ ifeq ($(SYSTEM_PACKAGES),yes)
 endif
 	@touch $@
 
-install-cross: $(CROSS_INSTALLED)
+install-all: $(ALL_INSTALLED)
 
-# what runs kernels of instruction sets that this machine lacks
-$(CROSS_INSTALLED): $(INSTALLED) scripts/debian_packages.sh
+# what the slow tests need besides; each says what is skipped without it
+$(ALL_INSTALLED): $(INSTALLED) scripts/debian_packages.sh
 ifeq ($(SYSTEM_PACKAGES),yes)
 	@scripts/debian_packages.sh "tests of other instruction sets are skipped" \
 		qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross libsimde-dev
+	@scripts/debian_packages.sh "OpenCL kernels are not searched for races and stray reads" oclgrind
+	@scripts/debian_packages.sh "no browser runs WGSL kernels" chromium
+	@scripts/debian_packages.sh "studies that processes share in PostgreSQL are not tested" postgresql
+	@command -v npm >/dev/null || scripts/debian_packages.sh \
+		"Tint, the compiler of browsers, sees no WGSL kernel" nodejs npm
 endif
 	@touch $@
 
@@ -65,7 +71,7 @@ check: lint types generated
 test: lint types
 	$(PYTEST) -m "not slow"
 
-test-all: check install-cross
+test-all: check install-all
 	$(PYTEST)
 
 bench: install

@@ -2,9 +2,9 @@
 
     python bench/devices.py --targets c opencl wgsl --size 4096 --m 1 64
 
-Prints, for each format and M, the milliseconds of kernelgen.matmul on each target (arrays on the
-host, weights already on the device) and the largest error against the first target's result,
-relative to its RMS.
+Prints, for each format and M, the milliseconds of the fastest call of kernelgen.matmul on each
+target (arrays on the host, weights already on the device) and the largest error against the first
+target's result, relative to its RMS.  The targets take turns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kernelgen
-from kernelgen.bench import compare, sample_matrix
+from kernelgen.bench import busy, compare, sample_matrix
 from kernelgen.ir import formats
 from kernelgen.problem import relative_error
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=kernelgen.formats())
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--m", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each target")
     options = parser.parse_args()
     first, *others = options.targets
     table = Table("format", "M", *(f"{t} ms" for t in options.targets), "largest error")
@@ -53,10 +53,12 @@ def main() -> int:
                 times = compare(
                     {t: lambda t=t, x=x, w=w: kernelgen.matmul(x, w, target=t)
                      for t in options.targets},
-                    repeats=options.repeats, burst=0.0, pause=0.05,
+                    repeats=options.repeats, burst=0.05, pause=0.05,
                 )  # fmt: skip
+                if (why := busy()) is not None:
+                    print(f"{name}, M={m}: {why}", file=sys.stderr)
                 table.add_row(
-                    name, str(m), *(f"{times[t].median * 1e3:.1f}" for t in options.targets),
+                    name, str(m), *(f"{times[t].minimum * 1e3:.2f}" for t in options.targets),
                     f"{max(errors, default=0.0):.1e}",
                 )  # fmt: skip
             w.prepared.clear()

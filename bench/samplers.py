@@ -1,73 +1,72 @@
 """Compares search strategies on recorded landscapes, without any device.
 
-    python bench/samplers.py                       # replays bench/landscapes/*.jsonl
-    python bench/samplers.py --seeds 20 --svg docs/samplers.svg
-    python bench/samplers.py --record --target c --format q4_K --shape 1x4096x4096
+    python bench/samplers.py                                    # the table
+    python bench/samplers.py --svg docs/figures/samplers.svg    # and the figure
 
-A landscape is a file of trials (kernelgen.tuner.replay) that has every legal candidate.  For each
-sampler, seed and landscape the study runs as it does for users, with the recorded times in place
-of a device; what is compared is the best time found after so many trials, over the best there is.
+A landscape is a file of bench/landscapes.py: the time of every legal candidate of a kernel.  For
+each sampler, seed and landscape the study runs as it does for users who have tuned nothing before,
+with the recorded times in place of a device.  What is compared is the best time found after so
+many trials, the default's first, over the best there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kernelgen import targets
 from kernelgen.ir import formats
+from kernelgen.targets.base import Target
 from kernelgen.tuner import samplers
-from kernelgen.tuner.measure import FAILED, OK, Outcome, WorkerMeasurer
-from kernelgen.tuner.replay import Recorder, Replay, read
+from kernelgen.tuner.measure import FAILED, Outcome
+from kernelgen.tuner.replay import Replay, read
 from kernelgen.tuner.space import Problem
 from kernelgen.tuner.study import Options, Study
 
 LANDSCAPES = Path(__file__).parent / "landscapes"
 
+#: what the table shows: shares of the space that were measured
+SHARES = (0.02, 0.05, 0.08)
+#: of which this is what a default must be good after, and how good
+ENOUGH, GOOD = 0.05, 1.03
 
-def record(target: str, fmt: str, shape: tuple[int, int, int], seconds: float) -> Path:
-    """Measure every legal candidate of a problem; within so many seconds at most."""
-    manifest = targets.get(target)
-    runtime, problem = manifest.runtime(), Problem(formats.get(fmt), *shape)
-    options = Options(seconds, "greedy", storage="", write=False, record=False, prune=False)
-    begin = time.perf_counter()
-    measurer = WorkerMeasurer(target)
-    try:
-        report = Study(manifest, runtime, problem, measurer, options).run()
-    finally:
-        measurer.close()
-    name = "-".join([target, fmt, "x".join(map(str, shape))])
-    path = LANDSCAPES / f"{name}.jsonl"
-    path.unlink(missing_ok=True)
-    about = {
-        "target": target, "op": problem.op, "format": fmt, "precision": problem.precision,
-        "shape": shape, "device": vars(report.device), "space": len(report.space.legal),
-    }  # fmt: skip
-    recorder = Recorder(path, about)
-    for candidate, outcome in report.trials:
-        value = report.value(candidate)
-        if value is not None:
-            outcome = dataclasses.replace(outcome, status=OK, samples=(value,), against=())
-        recorder.add(candidate, outcome)
-    missing = len(report.space.legal) - len(report.trials)
-    print(
-        f"{path}: {len(report.trials)} candidates, {len(report.failures)} failed,"
-        f" {missing or 'none'} missing, {time.perf_counter() - begin:.0f} s"
-    )
-    return path
+#: samplers that take so long to think that they are replayed with so many seeds at most
+FEW_SEEDS = {"gp": 5}
+
+Curve = list[float]
 
 
-def curve(path: Path, sampler: str, seed: int, share: float) -> list[float]:
-    """The best found after each trial, as a multiple of the best there is."""
+@cache
+def landscape(path: Path) -> tuple[Target, Problem, dict[str, Outcome], str]:
+    """What a file holds, and its name."""
     about, outcomes = read(path)
-    target = targets.get(about["target"])
     problem = Problem(formats.get(about["format"]), *about["shape"], about["precision"])
-    trials = max(2, math.ceil(share * len(outcomes)))
+    return targets.get(about["target"]), problem, outcomes, path.stem
+
+
+def seconds(outcome: Outcome | None) -> float:
+    """The time of an outcome; infinite where it failed."""
+    return math.inf if outcome is None or outcome.status == FAILED else outcome.seconds
+
+
+def trials_of(share: float, size: int) -> int:
+    """How many trials a share of a space is: never more, but for the first."""
+    return max(1, math.floor(share * size + 1e-9))
+
+
+def curve(path: Path, sampler: str, seed: int, share: float) -> Curve:
+    """The best found after each trial, as a multiple of the best there is."""
+    target, problem, outcomes, _ = landscape(path)
+    trials = trials_of(share, len(outcomes))
     options = Options(
         3600, sampler, seed, storage="", write=False, record=False, warm_start=False, batch=1,
         trials=trials,
@@ -79,9 +78,9 @@ def curve(path: Path, sampler: str, seed: int, share: float) -> list[float]:
     return [min(times[: n + 1]) / best for n in range(len(times))]
 
 
-def seconds(outcome: Outcome | None) -> float:
-    """The time of an outcome; infinite where it failed."""
-    return math.inf if outcome is None or outcome.status == FAILED else outcome.seconds
+def curves(path: Path, sampler: str, seeds: int, share: float) -> list[Curve]:
+    """Those of all seeds."""
+    return [curve(path, sampler, seed, share) for seed in range(seeds)]
 
 
 def available(name: str) -> str | None:
@@ -90,6 +89,8 @@ def available(name: str) -> str | None:
         samplers.make(name, 0)
         if name in ("gp", "qmc"):
             import scipy  # noqa: F401
+        if name == "gp":
+            import torch  # noqa: F401
         if name == "cmaes":
             import cmaes  # noqa: F401
     except ImportError as error:
@@ -97,92 +98,126 @@ def available(name: str) -> str | None:
     return None
 
 
-def compare(
-    paths: list[Path], seeds: int, share: float, names: list[str]
-) -> dict[str, list[float]]:
-    """Median curves by sampler: over all landscapes and seeds, by share of the space."""
-    result: dict[str, list[float]] = {}
-    for name in names:
-        reason = available(name)
-        if reason is not None:
-            print(f"{name:8} is left out: {reason}", file=sys.stderr)
-            continue
-        found = [curve(path, name, seed, share) for path in paths for seed in range(seeds)]
-        points = 20
-        result[name] = [
-            statistics.median(
-                one[max(0, math.ceil(len(one) * (p + 1) / points) - 1)] for one in found
-            )
-            for p in range(points)
-        ]
+def found_at(one: Curve, share: float, size: int) -> float:
+    """The value of a curve when a share of the space was measured."""
+    return one[min(len(one), trials_of(share, size)) - 1]
+
+
+def _alone() -> None:
+    """Of many processes, each is to use one core."""
+    with contextlib.suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
+
+
+Results = dict[str, dict[Path, list[Curve]]]
+
+
+def compare(paths: list[Path], seeds: int, share: float, names: list[str]) -> Results:
+    """Curves by sampler and landscape."""
+    result: Results = {}
+    with ProcessPoolExecutor(initializer=_alone) as pool:
+        jobs: dict[str, dict[Path, Any]] = {}
+        for name in names:
+            reason = available(name)
+            if reason is not None:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+                continue
+            jobs[name] = {
+                p: pool.submit(curves, p, name, min(seeds, FEW_SEEDS.get(name, seeds)), share)
+                for p in paths
+            }
+        for name, ones in jobs.items():
+            begin = time.perf_counter()
+            result[name] = {path: job.result() for path, job in ones.items()}
+            print(f"{name}: waited {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     return result
 
 
-def print_table(curves: dict[str, list[float]], share: float) -> None:
-    """Best found over best there is, after a tenth, a half and all of the trials."""
-    marks = (1, 4, 9, 19)
-    head = "".join(f"{f'{share * (m + 1) / 20:.1%}':>10}" for m in marks)
-    print(f"{'sampler':10}{head}   of the space measured")
-    for name, one in sorted(curves.items(), key=lambda pair: sum(pair[1])):
-        print(f"{name:10}" + "".join(f"{one[m]:10.3f}" for m in marks))
+def medians(found: dict[Path, list[Curve]], share: float) -> list[float]:
+    """Over seeds, for each landscape."""
+    return [
+        statistics.median(found_at(one, share, len(landscape(path)[2])) for one in ones)
+        for path, ones in found.items()
+    ]
 
 
-def svg(curves: dict[str, list[float]], share: float) -> str:
-    """The curves as a picture."""
-    width, height, left, bottom = 640, 320, 50, 40
-    most = min(3.0, max(max(one) for one in curves.values()) * 1.05)
-    colours = ("#1a5490", "#c0392b", "#27824a", "#8e44ad", "#b9770e", "#555", "#16a2b8")
-
-    def at(n: int, value: float, points: int) -> str:
-        x = left + (width - left - 110) * (n + 1) / points
-        y = 10 + (height - bottom - 10) * (most - min(value, most)) / (most - 1)
-        return f"{x:.1f},{y:.1f}"
-
-    parts = []
-    for colour, (name, one) in zip(colours, curves.items(), strict=False):
-        points = " ".join(at(n, value, len(one)) for n, value in enumerate(one))
-        y = 24 + 18 * len(parts)
-        parts.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<text x="{width - 100}" y="{y}" fill="{colour}">{name}</text>'
-        )
-    base = height - bottom
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="12">'
-        f'<rect width="{width}" height="{height}" fill="white"/>'
-        f'<path d="M{left},10V{base}H{width - 110}" fill="none" stroke="#999"/>'
-        f'<text x="{left - 6}" y="{base}" text-anchor="end">1</text>'
-        f'<text x="{left - 6}" y="18" text-anchor="end">{most:.1f}</text>'
-        f'<text x="{left}" y="{height - 10}">best found over best there is, by share of the space'
-        f" measured (right end: {share:.0%})</text>{''.join(parts)}</svg>\n"
+def overall(found: dict[Path, list[Curve]], share: float) -> float:
+    """The median over all landscapes and seeds."""
+    sizes = {path: len(landscape(path)[2]) for path in found}
+    return statistics.median(
+        found_at(one, share, sizes[path]) for path, ones in found.items() for one in ones
     )
 
 
-def main() -> None:
-    """Record, or replay."""
+def print_tables(results: Results, paths: list[Path]) -> None:
+    """All landscapes together, then each alone."""
+    print("best found over best there is, median over landscapes and seeds, after measuring")
+    print(" " * 10 + "".join(f"{share:>8.0%}" for share in SHARES) + "   of the space")
+    ranked = sorted(results.items(), key=lambda pair: [overall(pair[1], s) for s in SHARES[1:]])
+    for name, found in ranked:
+        print(f"{name:10}" + "".join(f"{overall(found, share):8.3f}" for share in SHARES))
+    print(f"\nby landscape, after {ENOUGH:.0%}, median over seeds")
+    print(f"{'':30}{'size':>6}{'trials':>8}" + "".join(f"{name:>8}" for name, _ in ranked))
+    for n, path in enumerate(paths):
+        size = len(landscape(path)[2])
+        row = "".join(f"{medians(found, ENOUGH)[n]:8.3f}" for _, found in ranked)
+        print(f"{path.stem:30}{size:6}{trials_of(ENOUGH, size):8}{row}")
+    if samplers.DEFAULT in results:
+        value = overall(results[samplers.DEFAULT], ENOUGH)
+        said = "holds" if value <= GOOD else "does not hold"
+        print(
+            f"\n{samplers.DEFAULT}, the default: {value:.3f} after {ENOUGH:.0%} of the space; that"
+            f" it be at most {GOOD} {said}"
+        )
+
+
+def draw(results: Results, path: Path, share: float, seeds: int) -> None:
+    """The medians over all landscapes and seeds, by share of the space."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "kernelgen"  # the same picture from the same numbers
+    from matplotlib import pyplot
+
+    grid = [share * (n + 1) / 60 for n in range(60)]
+    figure, axes = pyplot.subplots(figsize=(7.5, 4))
+    for name, found in results.items():
+        main = name == samplers.DEFAULT
+        values = [overall(found, one) for one in grid]
+        axes.plot([100 * g for g in grid], values, label=name, linewidth=2.4 if main else 1.2)
+    axes.axhline(GOOD, color="#999", linewidth=0.8, linestyle="--")
+    axes.axvline(100 * ENOUGH, color="#999", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("share of the space that was measured, in percent")
+    axes.set_ylabel("best found over best there is")
+    count = len(next(iter(results.values())))
+    axes.set_title(f"median over {count} landscapes and {seeds} seeds", fontsize=10)
+    axes.legend(frameon=False, ncols=2)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Replay, print, and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--record", action="store_true")
-    parser.add_argument("--target", default="c")
-    parser.add_argument("--format", default="q4_K")
-    parser.add_argument("--shape", default="1x4096x4096")
-    parser.add_argument("--seconds", type=float, default=600, help="budget of a recording")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--share", type=float, default=0.5, help="of the space to measure")
+    parser.add_argument("--share", type=float, default=SHARES[-1], help="of the space to measure")
     parser.add_argument("--samplers", default=",".join(samplers.NAMES))
+    parser.add_argument("--folder", type=Path, default=LANDSCAPES)
     parser.add_argument("--svg", type=Path)
-    given = parser.parse_args()
-    if given.record:
-        m, n, k = map(int, given.shape.split("x"))
-        record(given.target, given.format, (m, n, k), given.seconds)
-        return
-    paths = sorted(LANDSCAPES.glob("*.jsonl"))
+    given = parser.parse_args(arguments)
+    paths = sorted(given.folder.glob("*.jsonl"))
     if not paths:
-        sys.exit(f"{LANDSCAPES} has no landscapes; record one with --record")
-    curves = compare(paths, given.seeds, given.share, given.samplers.split(","))
-    print_table(curves, given.share)
+        sys.exit(f"{given.folder} has no landscapes; bench/landscapes.py records them")
+    results = compare(paths, given.seeds, given.share, given.samplers.split(","))
+    print_tables(results, paths)
     if given.svg:
-        given.svg.write_text(svg(curves, given.share))
+        draw(results, given.svg, given.share, given.seeds)
+        print(f"wrote {given.svg}", file=sys.stderr)
 
 
 if __name__ == "__main__":

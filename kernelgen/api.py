@@ -94,7 +94,8 @@ def source(
 
 
 @functools.cache
-def _runtime(target: str) -> Runtime:
+def runtime_of(target: str) -> Runtime:
+    """The runtime of a target, opened once."""
     return target_list.get(target).runtime()
 
 
@@ -103,7 +104,7 @@ def default_target() -> str:
     """The first target that can run here; a skipped one is logged with its reason."""
     reasons: list[str] = []
     for name in target_list.PREFERENCE:
-        reason = _runtime(name).available()
+        reason = runtime_of(name).available()
         if reason is None:
             for line in reasons:
                 log.warning("%s; falling back to target %s, which is slower", line, name)
@@ -116,17 +117,19 @@ Runner = Callable[[Array, QuantTensor, Array], None]
 
 
 @functools.lru_cache(maxsize=4096)
-def _matmul_runner(target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str) -> Runner:
+def _matmul_runner(
+    target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str, max_error: float | None
+) -> Runner:
     """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
     the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
-    runtime = _runtime(target)
+    runtime = runtime_of(target)
     reason = runtime.available()
     if reason is not None:
         raise TargetError(
             f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
         )
     manifest = target_list.get(target)
-    choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k))
+    choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k), max_error)
     return runtime.matmul(generate_walk(choice.walk, fmt, manifest, choice.config))
 
 
@@ -136,6 +139,7 @@ def matmul(
     *,
     target: str | None = None,
     precision: str = "auto",
+    max_error: float | None = None,
     out: Array | None = None,
 ) -> Array:
     """y = x @ w.T with the weights decoded inside the kernel.
@@ -146,6 +150,8 @@ def matmul(
     precision  "fp32": activations stay float; "int8": they are quantized to 8 bits by block, and
                products are summed in integers; "auto": int8 where the format's own error is as
                large (see kernelgen.problem.choose_precision)
+    max_error  takes what `kernelgen tune --max-error` found under the same bound; where nothing was
+               tuned under it, "auto" stands for float32
     out        (..., N) of x's dtype, C-contiguous, to write into
 
     Returns (..., N) of x's dtype.  The first call for a format compiles, and repacks w once.
@@ -168,7 +174,9 @@ def matmul(
     if m:
         # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
         bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
-        run = _matmul_runner(target or default_target(), w.format, bucket, n, k, precision)
+        run = _matmul_runner(
+            target or default_target(), w.format, bucket, n, k, precision, max_error
+        )
         run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
@@ -209,14 +217,14 @@ def get_rows(w: QuantTensor, ids: Array, *, target: str | None = None) -> Array:
     """
     name = target or default_target()
     ids = np.asarray(ids)
-    rows = _runtime(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
+    rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
     return rows.reshape(*ids.shape, w.shape[-1])
 
 
 def dequantize(w: QuantTensor, *, target: str | None = None) -> Array:
     """Values of w, float32, decoded by a kernel (`w.dequantize()` is the numpy reference)."""
     name = target or default_target()
-    return _runtime(name).dequantize(kernel("dequantize", w.format, name), w)
+    return runtime_of(name).dequantize(kernel("dequantize", w.format, name), w)
 
 
 def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
@@ -225,7 +233,7 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
     Returns w, which keeps the repacked copy beside its native blocks.
     """
     name = target or default_target()
-    runtime, manifest = _runtime(name), target_list.get(name)
+    runtime, manifest = runtime_of(name), target_list.get(name)
     *_, n, k = (1, *w.shape)
     for m in (1, 16 * MATVEC_ROWS):  # a matvec and a matmul
         choice = lookup.choose(manifest, runtime, w.format, "auto", (m, n, k))

@@ -10,10 +10,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kernelgen.errors import FileError, TargetError
-from kernelgen.generate import generate, render_index
+from kernelgen.errors import FileError
+from kernelgen.generate import generate_walk, render_index
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.layout import PLANES
+from kernelgen.ir.expr import show
+from kernelgen.ir.layout import PLANES, ROWS8, unit_bytes
+from kernelgen.ir.ops.attention import Attention, causal, trace
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import OPS, Kernel, Target
 
@@ -26,21 +28,35 @@ def kernels(
     wanted = tuple(ops)
     for fmt in formats:
         made: dict[str, Kernel] = {}
-        for op, precision in dict.fromkeys((w.op, w.precision) for w in target.walks):
-            if op not in wanted:
-                continue
-            try:
-                one = generate(op, fmt, target, precision=precision)
-            except TargetError:
-                continue  # not every format has every precision; `kernelgen list` says why
+        for walk in target.walks:
+            if walk.op not in wanted or walk.accepts(fmt) is not None:
+                continue  # not every format has every walk; `kernelgen list` says why
+            one = generate_walk(walk, fmt, target)
             made |= {each.entry: each for each in (one, *one.needs.values())}
         yield from sorted(made.values(), key=lambda kernel: OPS.index(kernel.op))
+        if "attention" in wanted:
+            for kind in attention_kinds(fmt):
+                for walk in target.walks:
+                    if walk.op == "attention" and walk.accepts(kind) is None:
+                        one = generate_walk(walk, kind, target)
+                        yield from (one, *one.needs.values(), *one.then.values())
+
+
+#: formats of keys and values for which attention is built, and elements of heads
+_CACHES, _HEAD_DIMS = ("f16", "q8_0"), (64, 128)
+
+
+def attention_kinds(fmt: BlockFormat) -> tuple[Attention, ...]:
+    """Kinds of attention that are built without being asked for: causal, in formats of caches."""
+    if fmt.name not in _CACHES:
+        return ()
+    _, mask = trace(None, causal)
+    return tuple(Attention(d, fmt, fmt, mask=mask, label="causal") for d in _HEAD_DIMS)
 
 
 def file_name(kernel: Kernel, target: Target) -> str:
     """Name of a kernel's source file."""
-    parts = (kernel.op, kernel.format.name, kernel.precision)
-    return "_".join(p for p in parts if p) + target.suffix
+    return kernel.name + target.suffix
 
 
 def contents(target: Target, made: list[Kernel]) -> dict[str, str]:
@@ -61,18 +77,33 @@ def _manifest(target: Target, made: list[Kernel]) -> str:
 
 def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
     """What a host needs to launch a kernel, as plain data."""
-    fmt = kernel.format
     return {
-        "op": kernel.op, "format": fmt.name, "precision": kernel.precision,
-        "block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes,
+        "op": kernel.op, **_subject(kernel), "precision": kernel.precision,
         "walk": kernel.walk.name, "config": kernel.config.as_dict(), "hash": kernel.hash,
         "file": file_name(kernel, target), "entry": kernel.entry,
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
         "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
         "features": _features(kernel, target),
-        "planes": _planes(kernel),
+        "planes": _planes(kernel), "rows8": _rows8(kernel),
         "needs": {op: k.entry for op, k in kernel.needs.items()},
-        "tolerance": tolerance(kernel.op, kernel.config), "notes": list(kernel.notes),
+        "then": {op: k.entry for op, k in kernel.then.items()},
+        "tolerance": tolerance(kernel.op, kernel.precision), "notes": list(kernel.notes),
+    }  # fmt: skip
+
+
+def _subject(kernel: Kernel) -> dict[str, Any]:
+    """What the kernel is specialized for."""
+    kind = kernel.subject
+    if isinstance(kind, Attention):
+        return {
+            "attention": kind.name, "head_dim": kind.head_dim, "value_dim": kind.value_dim,
+            "k": kind.k.name, "v": kind.v.name, "scale": kind.scale,
+            "score": None if kind.score is None else show(kind.score),
+            "mask": None if kind.mask is None else show(kind.mask),
+        }  # fmt: skip
+    fmt = kernel.format
+    return {
+        "format": fmt.name, "block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes,
     }  # fmt: skip
 
 
@@ -97,8 +128,24 @@ def _planes(kernel: Kernel) -> list[dict[str, Any]] | None:
     ]  # fmt: skip
 
 
+def _rows8(kernel: Kernel) -> list[dict[str, Any]] | None:
+    """How to repack weights for a kernel that wants eight rows side by side.
+
+    Rows are filled up with zero bytes to a multiple of eight.  A field is `units` pieces of `unit`
+    bytes; piece u of block b of row r, in rows of B blocks of `block_bytes`, goes to
+    (r // 8 * B + b) * 8 * block_bytes + 8 * offset + (8 * u + r % 8) * unit.
+    """
+    if kernel.config.as_dict().get("layout") != ROWS8.name:
+        return None
+    return [
+        {"field": f.name, "offset": f.offset, "unit": unit_bytes(f),
+         "units": f.nbytes // unit_bytes(f)}
+        for f in kernel.format.layout_fields
+    ]  # fmt: skip
+
+
 def _launch(kernel: Kernel) -> dict[str, Any] | None:
-    launch = kernel.walk.launch(kernel.config, kernel.format)
+    launch = kernel.walk.launch(kernel.config, kernel.subject)
     return None if launch is None else dataclasses.asdict(launch)
 
 

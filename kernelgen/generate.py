@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from kernelgen.config import Config
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import unit_bytes
-from kernelgen.targets.base import Kernel, Printer, Target, Walk
+from kernelgen.targets.base import Argument, Kernel, Subject, Target, Walk
+from kernelgen.targets.printer import Printer
 
 if TYPE_CHECKING:
     import jinja2
@@ -55,7 +56,7 @@ def environment(target: Target) -> jinja2.Environment:
 
 def generate(
     op: str,
-    fmt: BlockFormat,
+    subject: Subject,
     target: Target,
     config: Config | None = None,
     precision: str = "",
@@ -64,25 +65,26 @@ def generate(
 
     `config` defaults to the walk's default for the target's assumed capabilities.
     """
-    one = target.walk(op, fmt, precision)
-    chosen = config or one.config.default(target.capabilities)
-    return _render(one, fmt, target, chosen)
+    return generate_walk(target.walk(op, subject, precision), subject, target, config)
 
 
-def generate_walk(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
+def generate_walk(
+    one: Walk, subject: Subject, target: Target, config: Config | None = None
+) -> Kernel:
     """Source for one kernel of a named walk, where `generate` takes the first that serves."""
-    return _render(one, fmt, target, config)
+    return _render(one, subject, target, config or one.default(subject, target.capabilities))
 
 
 @functools.lru_cache(maxsize=1024)
-def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kernel:
-    steps = one.steps(fmt, config)
+def _render(one: Walk, subject: Subject, target: Target, config: Config) -> Kernel:
+    steps = one.steps(subject, config)
     tables = _tables(steps)
     # by text, as (0,) == (0.0,) == (-0.0,)
     names = {repr(values): name for name, values in tables.items()}
-    entry = target.prefix + "_".join(filter(None, (one.op, fmt.name, one.precision)))
+    parts = (one.op, subject.name, one.precision, one.style)
+    entry = target.prefix + "_".join(filter(None, parts))
     notes = tuple(f"decoded lane by lane: {r}" for r in getattr(steps, "scalar_because", ()))
-    spelt = _spelling((*fmt.fields, *fmt.ints), target.reserved | set(tables))
+    spelt = _spelling(subject.names, target.reserved | set(tables))
 
     def table_name(values: tuple[Any, ...]) -> str:
         return names[repr(values)]
@@ -95,23 +97,50 @@ def _render(one: Walk, fmt: BlockFormat, target: Target, config: Config) -> Kern
         for name, dialect in target.dialects.items()
     }
     context |= {
-        "entry": entry, "fmt": fmt, "steps": steps, "config": config, "notes": notes,
+        f"{name}_{buffer}": (dialect.printer or Printer)(dialect, table_name, rename, buffer)
+        for name, dialect in target.dialects.items()
+        for buffer in one.buffers
+    }
+    context |= {
+        "entry": entry, "fmt": subject, "steps": steps, "config": config, "notes": notes,
         "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
-        "op": one.op, "precision": one.precision, "arguments": one.arguments, "halves": _halves,
+        "op": one.op, "precision": one.precision, "halves": _halves,
+        "arguments": _arguments(one, subject, spelt),
         "features": one.features + config.features, "contract": one.contract,
-        "title": _title(one, fmt), "config_text": _config_text(config), **target.globals,
+        "title": _title(one, subject), "config_text": _config_text(config), **target.globals,
     }  # fmt: skip
     template = environment(target).get_template(one.template)
     # the hash is of the text without itself: of all that makes this kernel what it is
     digest = hashlib.sha256(template.render(context | {"hash": ""}).encode()).hexdigest()[:16]
     source = template.render(context | {"hash": digest}).lstrip("\n")
-    needs = {op: generate(op, fmt, target) for op in one.needs(config)}
+    needs = {op: _needed(op, one, subject, target) for op in one.needs(config)}
+    then = {op: _needed(op, one, subject, target) for op in one.then(config)}
     return Kernel(
-        target=target.name, op=one.op, format=fmt, walk=one, config=config, entry=entry,
+        target=target.name, op=one.op, subject=subject, walk=one, config=config, entry=entry,
         source=source, hash=digest, notes=notes,
-        needs=needs,
+        needs=needs, then=then,
     )  # fmt: skip
+
+
+def _needed(op: str, one: Walk, subject: Subject, target: Target) -> Kernel:
+    """The kernel that must run before one of this walk: of its style where there is one."""
+    served = [
+        w for w in target.walks if (w.op, w.precision, w.style) == (op, one.precision, one.style)
+    ]
+    if served:
+        return generate_walk(served[0], subject, target)
+    return generate(op, subject, target, precision=one.precision)
+
+
+def _arguments(one: Walk, subject: Subject, spelt: Mapping[str, str]) -> tuple[Argument, ...]:
+    """The arguments as the source spells them: those that depend on the subject have names of its
+    author's."""
+    own = {a.name for a in one.operands(subject)}
+    return tuple(
+        dataclasses.replace(a, name=spelt.get(a.name, a.name)) if a.name in own else a
+        for a in one.arguments_for(subject)
+    )
 
 
 def _halves(count: int) -> list[int]:
@@ -119,9 +148,9 @@ def _halves(count: int) -> list[int]:
     return [count >> n for n in range(1, count.bit_length())]
 
 
-def _title(one: Walk, fmt: BlockFormat) -> str:
-    with_precision = f", {one.precision} activations" if one.precision == "int8" else ""
-    return f"{one.op} {fmt.name}{with_precision}"
+def _title(one: Walk, subject: Subject) -> str:
+    with_precision = f", {one.precision} activations" if one.precision not in ("", "fp32") else ""
+    return f"{one.op} {subject.name}{with_precision}"
 
 
 def _config_text(config: Config) -> str:

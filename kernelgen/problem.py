@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernelgen.config import Config
 from kernelgen.errors import ConfigError
 from kernelgen.ir.block import BlockFormat
 
 Array = npt.NDArray[Any]
 
 #: "auto" is not a precision but the choice of one
-PRECISIONS = ("fp32", "int8", "auto")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "auto")
+
+#: how far a result may be off, relative to its RMS, where weights are first rounded to 11 or to 8
+#: bits, as activations were; such errors average out over a sum, and this is the largest of many
+_ROUNDED = {"fp16": 2e-3, "bf16": 1.6e-2}
 
 #: largest M that counts as a matvec
 MATVEC_ROWS = 8
@@ -31,7 +34,7 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
     "auto" takes int8 activations wherever the format's elements are integer codes: these have
     eight bits or less over a block of the same length, so rounding the activations to eight bits
     by the block's largest magnitude adds no more error than the format itself has.  Floats are
-    multiplied as floats.
+    multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")
@@ -40,8 +43,39 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
     return asked
 
 
-def relative_error(got: Array, reference: Array) -> float:
-    """Largest difference, in units of the reference's root mean square.
+def acceptable(asked: str, fmt: Any) -> tuple[str, ...]:
+    """Precisions that may serve what is asked for, the best guess first.
+
+    float32 is never less accurate than any other, so it stands in where a target has no walk of
+    that precision; only int8 that was asked for by name is not replaced, as it is exact in its
+    own way.
+    """
+    chosen = choose_precision(asked, fmt) if isinstance(fmt, BlockFormat) else asked
+    return (chosen,) if asked == "int8" else tuple(dict.fromkeys((chosen, "fp32")))
+
+
+def rounded(x: Array, precision: str) -> Array:
+    """Activations, float32, as a precision sees them; "int8" has a reference of its own."""
+    if precision == "fp16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
+    if precision == "bf16":
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        # to nearest, to even where two are as near; what is not finite stays what it is
+        nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) & np.uint32(0xFFFF0000)
+        return np.where(np.isfinite(x), nearest.view(np.float32), x)
+    return x
+
+
+def size_of_sums(x: Array, values: Array) -> float:
+    """Root mean square of x (M, K) @ values (N, K).T if all signs were random: what errors of the
+    factors are measured against.  A few results alone may be much smaller by chance."""
+    squares = np.square(x.astype(np.float64)) @ np.square(values.astype(np.float64)).T
+    return float(np.sqrt(np.mean(squares)))
+
+
+def relative_error(got: Array, reference: Array, size: float | None = None) -> float:
+    """Largest difference, in units of the reference's root mean square, or of `size`.
 
     Where the reference is not finite the result must be the same kind of not finite, or the error
     is infinite; a finite result where none should be is as wrong as the reverse.
@@ -54,20 +88,20 @@ def relative_error(got: Array, reference: Array) -> float:
         return float("inf")
     if not finite.any():
         return 0.0
-    rms = float(np.sqrt(np.mean(np.square(reference[finite]))))
+    rms = size or float(np.sqrt(np.mean(np.square(reference[finite]))))
     largest = float(np.abs(got[finite] - reference[finite]).max())
     return largest / rms if rms else largest
 
 
-def tolerance(op: str, config: Config | None = None) -> float:
-    """Largest `relative_error` that a kernel of this op, in this configuration, may have against
-    the reference on the same inputs.
+def tolerance(op: str, precision: str = "") -> float:
+    """Largest `relative_error` that a kernel of this op and precision may have against the
+    reference on the same inputs.
 
     Decoding is a few exact or singly rounded operations.  Activations are quantized with a
     division that GPUs may round by 2.5 units in the last place, times up to 127 steps.  A sum of
     K products in float32, in pieces of a block or more, is off by a few times 2^-24 * sqrt(K):
-    1e-5 leaves room up to K of a hundred thousand.  What a configuration rounds besides, it says
-    itself.
+    1e-5 leaves room up to K of a hundred thousand.  "fp16" and "bf16" round weights as well, and
+    take activations that are `rounded`.
     """
     ops = {"dequantize": 1e-6, "get_rows": 1e-6, "quantize": 1e-4, "prepare": 0.0}
-    return max(ops.get(op, 1e-5), 0.0 if config is None else config.rounding)
+    return ops.get(op, _ROUNDED.get(precision, 1e-5))

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from kernelgen import targets
 from kernelgen.config import Config
 from kernelgen.errors import FormatError, KernelgenError, TargetError
-from kernelgen.generate import generate
+from kernelgen.generate import generate, generate_walk
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import Activations, matmul, quantize_activations
 from kernelgen.ir.ops.matmul import SMALLEST
-from kernelgen.problem import MATVEC_ROWS, relative_error, tolerance
+from kernelgen.problem import MATVEC_ROWS, relative_error, rounded, size_of_sums, tolerance
 from kernelgen.targets.base import Kernel, Runtime, Target, Walk
 from kernelgen.tensor import QuantTensor
 
@@ -90,26 +90,25 @@ def verify(
     wanted = tuple(ops)
     for fmt in formats:
         for one in target.walks:
-            if one.op in wanted and one.op in OPS and one.applies(fmt) is None:
-                for config in _configs(one, reach, all_configs):
+            if one.op in wanted and one.op in OPS and one.accepts(fmt) is None:
+                for config in _configs(one, fmt, reach, all_configs):
                     yield _one(target, reach, fmt, one, config)
 
 
-def _configs(one: Walk, runtime: Runtime, every: bool) -> Iterator[Config]:
+def _configs(one: Walk, fmt: BlockFormat, runtime: Runtime, every: bool) -> Iterator[Config]:
+    """Configurations to run; none where the device lacks what the walk needs."""
     caps = runtime.capabilities()
-    if not every:
-        yield one.config.default(caps)
-        return
-    yield from (c for c in one.config.space() if c.legal(caps) is None)
+    tried = one.config.space() if every else (one.default(fmt, caps),)
+    yield from (c for c in tried if one.refuses(c, fmt, caps) is None)
 
 
 def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: Config) -> Result:
     errors: list[float] = []
     added = own = None
     problem = None
-    bound = tolerance(one.op, config)
+    bound = tolerance(one.op, one.precision)
     try:
-        kernel = generate(one.op, fmt, target, config, one.precision)
+        kernel = generate_walk(one, fmt, target, config)
         errors = [check(kernel, runtime, m, n, k) for m, n, k in cases(one.op, fmt)]
         if max(errors) > bound:
             problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
@@ -143,19 +142,22 @@ def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
         w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
         ids = np.random.default_rng(m).integers(0, n, m)
         return relative_error(runtime.get_rows(kernel, w, ids), w.dequantize()[ids])
-    # numbers that are kept with fewer bits have a smaller range, too
-    x = activations(m, k, extremes=not kernel.config.rounding)
+    # rows of very different size say little where only a few bits are kept
+    x = activations(m, k, extremes=kernel.precision not in ("fp16", "bf16"))
     if kernel.op == "quantize":
         return quantization_error(runtime.quantize(kernel, x), x, fmt)
     w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k))
-    seen = x
+    seen = rounded(x, kernel.precision)
     if kernel.precision == "int8":
         # the integers that this target makes of x: a device's division may round another way
-        quantize = generate("quantize", fmt, targets.get(kernel.target))
+        quantize = kernel.needs.get("quantize")
+        quantize = quantize or generate("quantize", fmt, targets.get(kernel.target))
         seen = runtime.quantize(quantize, x).values()
     y = np.full((m, n), np.nan, np.float32)  # what is not written stays visible
     runtime.matmul(kernel)(x, w, y)
-    return relative_error(y, matmul(seen, w.dequantize()))
+    values = w.dequantize()
+    size = size_of_sums(seen, values) if kernel.precision in ("fp16", "bf16") else None
+    return relative_error(y, matmul(seen, values), size)
 
 
 def quantization_error(got: Activations, x: Array, fmt: BlockFormat) -> float:

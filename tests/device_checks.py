@@ -16,7 +16,7 @@ import pytest
 import kernelgen
 from kernelgen.config import Config
 from kernelgen.errors import CompileError, TargetError
-from kernelgen.generate import generate
+from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import BlockFormat, formats, table
 from kernelgen.ir.ops import matmul
 from kernelgen.problem import op_for, relative_error, tolerance
@@ -73,8 +73,9 @@ def runtime(target: Target) -> DeviceRuntime:
 
 
 def walks(target: Target, fmt: BlockFormat) -> Iterator[Walk]:
-    """The walks that a format can take."""
-    return (w for w in target.walks if w.applies(fmt) is None)
+    """The walks that a format can take, and the device has the features for."""
+    features = runtime(target).capabilities().features
+    return (w for w in target.walks if w.accepts(fmt) is None and features.issuperset(w.features))
 
 
 def changed(one: Walk, found: DeviceRuntime, **changes: Any) -> Config | None:
@@ -89,7 +90,7 @@ def error_of(kernel: Kernel, found: DeviceRuntime, shapes: Sequence[tuple[int, i
     """Run a kernel on these shapes and hold the results to the tolerance."""
     for shape in shapes:
         error = check(kernel, found, *shape)
-        bound = tolerance(kernel.op, kernel.config)
+        bound = tolerance(kernel.op, kernel.precision)
         assert error <= bound, f"{kernel.entry} {kernel.config} {shape}: {error} > {bound}"
 
 
@@ -108,7 +109,7 @@ def passes_with(target: Target, fmt: BlockFormat, every_case: bool = False, **ch
         if config is None:
             continue
         assert config.legal(found.capabilities()) is None
-        kernel = generate(one.op, fmt, target, config, one.precision)
+        kernel = generate_walk(one, fmt, target, config)
         shapes = list(cases(one.op, fmt))
         error_of(kernel, found, shapes if every_case else shapes[-2:])
         count += 1
@@ -121,7 +122,7 @@ def edge_shapes(target: Target, fmt: BlockFormat) -> None:
     for precision in ("fp32",) if fmt.float_codes else ("fp32", "int8"):
         for m in range(1, 10):
             one = target.walk(op_for(m), fmt, precision)
-            config = one.config.default(found.capabilities(), m)
+            config = one.default(fmt, found.capabilities(), m)
             kernel = generate(one.op, fmt, target, config, precision)
             error_of(kernel, found, [(m, n, fmt.block) for n in (1, 7)])
 
@@ -164,8 +165,8 @@ def outputs_written_and_kept(
     fresh = type(found)()
     monkeypatch.setattr(fresh, "driver", lambda: guarded)
     for one in walks(target, fmt):
-        config = one.config.default(found.capabilities())
-        kernel = generate(one.op, fmt, target, config, one.precision)
+        config = one.default(fmt, found.capabilities())
+        kernel = generate_walk(one, fmt, target, config)
         m = 3 if one.op == "matvec" else 19
         error_of(kernel, fresh, [(m, 7, fmt.block), (m, 33, 3 * fmt.block)])
 
@@ -178,7 +179,7 @@ def not_finite_stays_in_its_row(target: Target, fmt: BlockFormat) -> None:
     for m in (4, 12):
         for precision in ("fp32",) if fmt.float_codes else ("fp32", "int8"):
             one = target.walk(op_for(m), fmt, precision)
-            config = one.config.default(found.capabilities(), m)
+            config = one.default(fmt, found.capabilities(), m)
             run = found.matmul(generate(one.op, fmt, target, config, precision))
             x = np.random.default_rng(m).standard_normal((m, k), np.float32)
             clean, dirty = np.empty((2, m, n), np.float32)
@@ -205,8 +206,8 @@ def pieces_change_nothing(
         w = QuantTensor(fmt, (n, k), blocks)  # a new one: nothing of it is on the device yet
         results = []
         for one in walks(target, fmt):
-            config = one.config.default(found.capabilities())
-            kernel = generate(one.op, fmt, target, config, one.precision)
+            config = one.default(fmt, found.capabilities())
+            kernel = generate_walk(one, fmt, target, config)
             if one.op in ("matvec", "matmul"):
                 rows = x[:5] if one.op == "matvec" else x
                 results.append(np.full((len(rows), n), np.nan, np.float32))
@@ -244,8 +245,8 @@ def more_groups_than_a_grid_has(
     monkeypatch.setattr(simt, "MOST_GROUPS", 2)
     fresh = type(found)()
     for one in walks(target, fmt):
-        config = one.config.default(found.capabilities())
-        kernel = generate(one.op, fmt, target, config, one.precision)
+        config = one.default(fmt, found.capabilities())
+        kernel = generate_walk(one, fmt, target, config)
         shapes = {"matvec": (5, 77), "matmul": (11, 70), "quantize": (300, 1), "get_rows": (9, 4)}
         m, n = shapes.get(one.op, (1, 9))
         error_of(kernel, fresh, [(m, n, 3 * fmt.block)])
@@ -307,7 +308,7 @@ def many_threads(target: Target) -> None:
     found = runtime(target)
     fmt = formats.get("q4_0")
     w = QuantTensor(fmt, (40, 256), sample_weights(fmt, 40, 256))
-    config = target.walk("matvec", fmt, "int8").config.default(found.capabilities(), 2)
+    config = target.walk("matvec", fmt, "int8").default(fmt, found.capabilities(), 2)
     run = found.matmul(generate("matvec", fmt, target, config, "int8"))
 
     def once(seed: int) -> tuple[Array, Array]:
@@ -332,20 +333,20 @@ def some_configs(target: Target, fmt: BlockFormat, count: int, seed: int = 0) ->
     for one in walks(target, fmt):
         legal = [c for c in dict.fromkeys(one.config.space()) if c.legal(caps) is None]
         for config in rng.sample(legal, min(count, len(legal))):
-            kernel = generate(one.op, fmt, target, config, one.precision)
+            kernel = generate_walk(one, fmt, target, config)
             error_of(kernel, found, rng.sample(list(cases(one.op, fmt)), 2))
 
 
 def texts(target: Target, fmt: BlockFormat) -> Iterator[Kernel]:
     """A kernel of every walk in every variant, whether or not a device here can run it."""
-    for one in walks(target, fmt):
+    for one in (w for w in target.walks if w.accepts(fmt) is None):
         default = one.config().as_dict()
         for field in dataclasses.fields(one.config):
             if field.type != "str":
                 continue
             for value in dict.fromkeys(field.metadata["choices"]):
                 config = one.config.from_dict(default | {field.name: value})
-                yield generate(one.op, fmt, target, config, one.precision)
+                yield generate_walk(one, fmt, target, config)
 
 
 def features_are_named(target: Target, marks: dict[str, str]) -> None:
@@ -356,7 +357,7 @@ def features_are_named(target: Target, marks: dict[str, str]) -> None:
     for kernel in texts(target, formats.get("q4_K")):
         for feature, mark in marks.items():
             assert (feature in kernel.features) == (mark in kernel.source)
-        reason = kernel.config.legal(plain)
+        reason = kernel.walk.refuses(kernel.config, kernel.format, plain)
         assert bool(kernel.features) == bool(reason)
         if reason:
             assert re.search("|".join(kernel.features), reason)

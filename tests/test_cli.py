@@ -29,7 +29,7 @@ from kernelgen.targets.c import runtime as c_runtime
 ROOT = Path(__file__).resolve().parent.parent
 RNG = np.random.default_rng(0)
 
-COMMANDS = ["list", "devices", "show", "build", "verify", "bench", "quantize", "inspect"]
+COMMANDS = ["list", "devices", "show", "build", "verify", "bench", "emulate", "quantize", "inspect"]
 
 
 def run(*arguments: object, code: int = 0, **environment: str) -> Result:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kernelgen import targets
 from kernelgen.errors import ShapeError
+from kernelgen.files import contents
+from kernelgen.generate import generate_walk
 from kernelgen.ir import BlockFormat, formats
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import Expr
 from kernelgen.ir.layout import (
     NATIVE,
     PLANES,
+    ROWS8,
     Layout,
     interleaved,
     named_layout,
@@ -29,7 +34,7 @@ from tests.test_numpy_target import ODD
 Array = npt.NDArray[Any]
 
 FORMATS = (*formats.FORMATS, THREE_BITS, *ODD)
-LAYOUTS = (NATIVE, PLANES, interleaved(4), interleaved(8), interleaved(16))
+LAYOUTS = (NATIVE, PLANES, ROWS8, interleaved(4), interleaved(16))
 #: (N, blocks): one row of one block, rows that fill no tile, a number of both that is odd
 SHAPES = ((1, 1), (5, 3), (33, 2))
 
@@ -136,3 +141,27 @@ def test_what_is_not_rows_of_blocks() -> None:
     for wrong in (np.zeros((2, 17), np.uint8), np.zeros((2, 18), np.int8), np.zeros(18, np.uint8)):
         with pytest.raises(ShapeError, match=r"uint8 \(N, 18\)"):
             PLANES.pack(wrong, fmt, 32)
+
+
+@pytest.mark.parametrize("fmt", (formats.get("q4_K"), formats.get("mxfp4"), *ODD), ids=name)
+def test_manifests_tell_how_to_repack_eight_rows(fmt: BlockFormat) -> None:
+    """What a host without kernelgen would do gives what `pack` does."""
+    cuda = targets.get("cuda")
+    walk = next(w for w in cuda.walks if w.config().as_dict().get("layout") == ROWS8.name)
+    if (reason := walk.accepts(fmt)) is not None:
+        pytest.skip(reason)
+    made = generate_walk(walk, fmt, cuda)
+    entry = json.loads(contents(cuda, [made])["manifest.json"])["kernels"][0]
+    n, blocks = 11, 3
+    native = random_blocks(fmt, n, blocks * fmt.block)
+    packed = np.zeros(-(-n // 8) * 8 * native.shape[1], np.uint8)
+    for r in range(n):
+        for b in range(blocks):
+            for field in entry["rows8"]:
+                unit, offset = field["unit"], field["offset"]
+                start = (r // 8 * blocks + b) * 8 * entry["block_bytes"] + 8 * offset
+                for u in range(field["units"]):
+                    to = start + (8 * u + r % 8) * unit
+                    at = b * entry["block_bytes"] + offset + u * unit
+                    packed[to : to + unit] = native[r, at : at + unit]
+    np.testing.assert_array_equal(packed, ROWS8.pack(native, fmt, blocks * fmt.block))

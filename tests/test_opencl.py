@@ -15,7 +15,9 @@ from kernelgen import targets
 from kernelgen.files import contents, kernels
 from kernelgen.generate import generate
 from kernelgen.ir import BlockFormat, formats
+from kernelgen.targets.base import EMULATED
 from kernelgen.targets.opencl import runtime as opencl
+from kernelgen.verify import verify
 from tests import device_checks as checks
 
 TARGET = targets.get("opencl")
@@ -77,11 +79,6 @@ def test_large_grids(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     checks.more_groups_than_a_grid_has(TARGET, fmt, monkeypatch)
 
 
-def test_half_precision_tiles() -> None:
-    for fmt in (formats.get("q4_K"), formats.get("f16")):
-        assert checks.passes_with(TARGET, fmt, tile_type="f16") == 1
-
-
 def test_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checks.prepared_once(TARGET, monkeypatch)
 
@@ -100,8 +97,53 @@ def test_rejections() -> None:
     )
 
 
+#: where kernels with sub-groups and integer dot products run: PoCL has neither
+EMULATED_SAMPLE = ("q4_K", "f16")
+EMULATED_FORMATS = [
+    pytest.param(fmt, marks=[] if fmt.name in EMULATED_SAMPLE else pytest.mark.slow)
+    for fmt in (*formats.FORMATS, *checks.MADE_UP)
+]
+
+
+def emulated(subgroup: int = 32) -> opencl.EmulatedRuntime:
+    """The emulator; skips the test where it cannot run."""
+    found = opencl.emulated(subgroup)
+    reason = found.available()
+    if reason is not None:
+        pytest.skip(reason)
+    return found
+
+
+@pytest.mark.parametrize("fmt", EMULATED_FORMATS, ids=name)
+def test_emulated_with_every_extension(fmt: BlockFormat) -> None:
+    results = list(verify(TARGET, [fmt], runtime=emulated()))
+    assert {r.how for r in results} == {"emulated"}
+    assert [(r.op, r.precision, r.problem) for r in results if not r.ok] == []
+    matvec = next(r.config for r in results if r.op == "matvec" and r.precision == "fp32")
+    assert matvec["reduce"] == "subgroup"
+    packed = {r.config["dot"] for r in results if r.precision == "int8" and "dot" in r.config}
+    assert packed == (set() if fmt.float_codes else {"packed"})
+
+
+@pytest.mark.parametrize("size", (8, 16, 64))
+@pytest.mark.parametrize("fmt", (formats.get("q4_0"),), ids=name)
+def test_emulated_subgroups_of_every_size(fmt: BlockFormat, size: int) -> None:
+    """The text is the same for all; 32 is tested above."""
+    found = emulated(size)
+    for precision in ("fp32", "int8"):
+        config = TARGET.walk("matvec", fmt, precision).config.default(found.capabilities())
+        assert "subgroups" in config.features
+        kernel = generate("matvec", fmt, TARGET, config, precision)
+        checks.error_of(kernel, found, [(1, 37, 3 * fmt.block), (3, 5, fmt.block)])
+
+
+def test_the_emulator_is_a_variant() -> None:
+    assert TARGET.runtime(EMULATED).how() == "emulated"
+    assert TARGET.runtime().how() == "run"
+
+
 def test_features_are_named() -> None:
-    """PoCL runs none of these variants but half precision: the emulator has its own tests."""
+    """PoCL runs none of these variants but half precision; the emulator runs all."""
     marks = {"dot": "dot_4x8packed_ss_int", "subgroups": "sub_group_reduce_add(x)"}
     checks.features_are_named(TARGET, marks)
     (kernel,) = (
@@ -143,8 +185,7 @@ def test_manifest_names_extensions() -> None:
     kernel = generate("matvec", fmt, TARGET, config, "int8")
     text = contents(TARGET, [kernel])["manifest.json"]
     assert '"cl_khr_subgroups"' in text and '"cl_khr_integer_dot_product"' in text
-    half = TARGET.walk("matmul", fmt, "fp32").config.from_dict({"tile_type": "f16"})
-    text = contents(TARGET, [generate("matmul", fmt, TARGET, half, "fp32")])["manifest.json"]
+    text = contents(TARGET, [generate("matmul", fmt, TARGET, None, "fp16")])["manifest.json"]
     assert '"features": []' in text and '"tolerance": 0.002' in text
 
 
@@ -166,6 +207,8 @@ def test_devices_are_described() -> None:
     for one in found:
         assert one["max_threads"] > 0 and one["shared_bytes"] > 0 and one["largest_buffer"] > 0
         assert isinstance(one["subgroups"], bool) and one["threads_multiple"]
+        assert one["memory"] >= one["largest_buffer"] and one["driver"]
+        assert one["kind"] in ("CPU", "GPU", "accelerator")
 
 
 ORACLE = """
@@ -179,15 +222,15 @@ from kernelgen.ir.ops import quantize_activations
 from kernelgen.targets.device import DeviceRuntime
 from tests import device_checks as checks
 
-def quantized(self, kernel, x, m, k):
-    found, driver = np.empty((m, k), np.float32), self.driver()
-    driver.download(x, found)
+def quantized(self, kernel, buffers, sizes):
+    found, driver = np.empty((sizes["M"], sizes["K"]), np.float32), self.driver()
+    driver.download(buffers["x"], found)
     q = quantize_activations(found, kernel.format.block, kernel.format.group)
     return {"xq": driver.upload(q.q), "xd": driver.upload(q.scale), "xs": driver.upload(q.sums)}
 
 # What one kernel wrote, Oclgrind sometimes calls uninitialized when the next one reads it, though
 # it had nothing to say when it was written: so here the integers come from the host.
-original, DeviceRuntime._quantized = DeviceRuntime._quantized, quantized
+original, DeviceRuntime._made = DeviceRuntime._made, quantized
 
 target = targets.get("opencl")
 runtime = target.runtime()
@@ -198,10 +241,10 @@ for name in sys.argv[1:]:
     for one in checks.walks(target, fmt):
         for layout in ("native", "planes"):
             config = checks.changed(one, runtime, layout=layout)
-            kernel = checks.generate(one.op, fmt, target, config, one.precision)
+            kernel = checks.generate_walk(one, fmt, target, config)
             if one.op == "quantize":
                 x = driver.upload(np.ones((2, fmt.block), np.float32))
-                original(runtime, kernel, x, 2, fmt.block)
+                original(runtime, kernel, {"x": x}, {"M": 2, "K": fmt.block})
                 driver.download(x, np.empty((2, fmt.block), np.float32))  # wait for the kernel
                 continue
             m = 2 if one.op == "matvec" else 9
@@ -248,7 +291,6 @@ checks.check(dataclasses.replace(kernel, source=source), target.runtime(), 1, 5,
 """
 
 
-@pytest.mark.slow
 def test_oclgrind_sees_a_race(tmp_path: Path) -> None:
     assert "data race" in under_oclgrind(tmp_path, RACE)[1]
 

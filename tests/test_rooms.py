@@ -28,15 +28,28 @@ LEVELS = (
     ("errors", "emulator"),
     ("ir",),
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
+    ("targets.printer",),
     ("targets.base",),
-    ("targets.simt", "targets.device", "targets.emulated"),  # what several targets share
+    # what several targets share
+    ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated"),
     ("targets.*",),
     ("targets",),
     ("generate", "tuner"),
-    ("", "__main__", "api", "bench", "cli", "demo", "files", "verify"),
+    (
+        "",
+        "__main__",
+        "api",
+        "api_attention",
+        "bench",
+        "cli",
+        "demo",
+        "files",
+        "verify",
+        "verify_attention",
+    ),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-SHARED_BY_TARGETS = ("base", "simt", "device", "emulated")
+SHARED_BY_TARGETS = ("base", "printer", "simt", "simt_attention", "device", "emulated")
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 
 #: formats that are also the names of plain types

@@ -14,9 +14,10 @@ from kernelgen.config import (
     Config,
     DotMatvecConfig,
     DotTileConfig,
-    FloatTileConfig,
+    HalfTileConfig,
     MatvecConfig,
     ThreadsConfig,
+    TileConfig,
 )
 from kernelgen.ir import const, formats, var
 from kernelgen.ir.evaluate import evaluate
@@ -24,9 +25,9 @@ from kernelgen.ir.expr import I32, Expr, walk
 from kernelgen.ir.ranges import interval
 from kernelgen.problem import tolerance
 from kernelgen.targets import simt
-from kernelgen.targets.base import Dialect, Printer
+from kernelgen.targets.printer import Dialect, Printer
 
-CONFIGS = (ThreadsConfig, MatvecConfig, DotMatvecConfig, FloatTileConfig, DotTileConfig)
+CONFIGS = (ThreadsConfig, MatvecConfig, DotMatvecConfig, TileConfig, HalfTileConfig, DotTileConfig)
 #: what WebGPU promises everywhere
 LEAST = Capabilities(max_threads=256, shared_bytes=16384)
 MOST = Capabilities(
@@ -118,7 +119,6 @@ def test_defaults_are_legal(config: type[Config]) -> None:
         for m in (0, 1, 2, 3, 8, 9, 16, 64, 4096):
             chosen = config.default(caps, m)
             assert chosen.legal(caps) is None
-            assert chosen.rounding == 0  # no bits are dropped unless that was asked for
     assert config.default(LEAST).features == ()
 
 
@@ -126,7 +126,7 @@ def test_defaults_use_what_is_there() -> None:
     assert DotMatvecConfig.default(MOST, 1).features == ("subgroups", "dot")
     assert DotTileConfig.default(MOST, 64).features == ("dot",)
     assert MatvecConfig.default(MOST, 3).columns == 4
-    assert FloatTileConfig.default(MOST, 16).tile_m == 16 < FloatTileConfig.default(MOST, 17).tile_m
+    assert TileConfig.default(MOST, 16).tile_m == 16 < TileConfig.default(MOST, 17).tile_m
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,8 @@ def test_defaults_use_what_is_there() -> None:
         (MatvecConfig(reduce="subgroup"), {}, "lacks subgroups"),
         (DotMatvecConfig(reduce="subgroup", dot="packed"), {}, "lacks subgroups, dot"),
         (DotTileConfig(dot="packed"), {}, "lacks dot"),
-        (FloatTileConfig(tile_type="f16"), {}, "lacks fp16"),
-        (FloatTileConfig(64, 128, 8, 8), {}, "24576 bytes of shared memory"),
-        (FloatTileConfig(tile_m=16, tile_n=16, thread_m=8, thread_n=8), {}, "4 threads"),
+        (TileConfig(64, 128, 8, 8), {}, "24576 bytes of shared memory"),
+        (TileConfig(tile_m=16, tile_n=16, thread_m=8, thread_n=8), {}, "4 threads"),
     ],
 )  # fmt: skip
 def test_reasons(config: Config, caps: dict[str, Any], reason: str) -> None:
@@ -148,11 +147,42 @@ def test_reasons(config: Config, caps: dict[str, Any], reason: str) -> None:
 
 
 def test_half_precision_takes_half_the_memory() -> None:
-    whole = FloatTileConfig(tile_m=64, tile_n=128, thread_m=8, thread_n=8)
-    half = dataclasses.replace(whole, tile_type="f16")
+    whole = TileConfig(tile_m=64, tile_n=128, thread_m=8, thread_n=8)
+    half = HalfTileConfig(**whole.as_dict())
     with_half = dataclasses.replace(LEAST, features=frozenset({"fp16"}))
     assert whole.legal(with_half) and half.legal(with_half) is None
-    assert tolerance("matmul", half) == 2e-3 and tolerance("matmul", whole) == 1e-5
+    assert tolerance("matmul", "fp16") == 2e-3 and tolerance("matmul", "fp32") == 1e-5
+
+
+def test_more_rows_of_activations_take_higher_tiles() -> None:
+    """And larger ones where shared memory is larger; each thread has enough to do either way."""
+    heights = [TileConfig.default(LEAST, m).tile_m for m in (1, 16, 17, 32, 33, 4096, 0)]
+    assert heights == [16, 16, 32, 32, 64, 64, 64]
+    assert DotTileConfig.default(LEAST, 64).tile_m < DotTileConfig.default(MOST, 64).tile_m
+    for m in (0, 16, 64):
+        chosen = DotTileConfig.default(MOST, m)
+        assert chosen.thread_m * chosen.thread_n >= 16 and chosen.threads >= 64
+
+
+def test_statements_fill_lines() -> None:
+    text = simt.each(8, 12, "sum += x#[#];")
+    lines = text.splitlines()
+    assert " ".join(line.strip() for line in lines) == " ".join(
+        f"sum += x{n}[{n}];" for n in range(12)
+    )
+    assert len(lines) == 2 and all(70 < len(line) <= 100 for line in lines[:-1])
+    assert all(line.startswith(" " * 8 + "sum") for line in lines)
+
+
+@pytest.mark.parametrize("name", ("q4_K", "q6_K", "q4_0"))
+def test_spans_leave_work_for_all_threads(name: str) -> None:
+    """And divide what they are a part of: the words of a tile's row, and of a scale's chunk."""
+    fmt = formats.get(name)
+    for config in TileConfig.space():
+        for words in (simt.chunk(fmt) // 4, 8):
+            span = simt.span(config, fmt, words)
+            assert words % span == 0 == (simt.chunk(fmt) // 4) % span
+            assert span == 1 or config.tile_n * words // span >= config.threads
 
 
 def test_weights_are_kept_once_by_default() -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+import kernelgen
 from kernelgen import targets
 from kernelgen.files import contents
 from kernelgen.generate import generate
@@ -51,7 +53,7 @@ def test_verified(fmt: BlockFormat) -> None:
     checks.passes_verify(TARGET, fmt)
 
 
-@pytest.mark.parametrize("fmt", (*checks.SAMPLE, *checks.MADE_UP), ids=name)
+@pytest.mark.parametrize("fmt", checks.MADE_UP, ids=name)
 def test_native_layout(fmt: BlockFormat) -> None:
     """Where they were verified above, kernels read planes."""
     walks = list(checks.walks(TARGET, fmt))
@@ -59,7 +61,6 @@ def test_native_layout(fmt: BlockFormat) -> None:
     assert checks.passes_with(TARGET, fmt, layout="native") == len(walks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fmt", formats.FORMATS, ids=name)
 def test_all_formats_in_all_layouts(fmt: BlockFormat, layout: str) -> None:
@@ -92,6 +93,26 @@ def test_pieces(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     checks.pieces_change_nothing(TARGET, fmt, monkeypatch)
 
 
+def test_weights_over_the_limit_of_the_device() -> None:
+    """As above, but with no limit made smaller."""
+    found, fmt, k = checks.runtime(TARGET), formats.get("q8_0"), 4096
+    border = found.driver().largest // fmt.row_bytes(k)
+    if border > 100_000:
+        pytest.skip("a binding holds more than this test cares to fill")
+    n = border + 5
+    w = QuantTensor(fmt, (n, k), np.resize(sample_weights(fmt, 7, k), (n, fmt.row_bytes(k))))
+    assert w.nbytes > found.driver().largest
+    x = np.random.default_rng(0).standard_normal((1, k), np.float32)
+    y = kernelgen.matmul(x, w, target=TARGET.name, precision="fp32")
+    (pieces,) = w.prepared.values()
+    assert [(p.start, p.stop) for p in pieces] == [(0, border), (border, n)]
+    exact = w[:7].dequantize()
+    assert relative_error(y, np.resize(matmul(x, exact), (1, n))) < 1e-5
+    ids = np.array([n - 1, 0, border, border - 1])
+    got = kernelgen.get_rows(w, ids, target=TARGET.name)
+    np.testing.assert_array_equal(got, exact[ids % 7])
+
+
 @pytest.mark.parametrize("fmt", (formats.get("q4_0"), formats.get("f16")), ids=name)
 def test_large_grids(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     checks.more_groups_than_a_grid_has(TARGET, fmt, monkeypatch)
@@ -104,13 +125,12 @@ def test_large_grids(fmt: BlockFormat, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"reduce": "subgroup", "threads": 32, "columns": 2}, 2),
         ({"dot": "plain"}, 2),
         ({"dot": "packed"}, 2),
-        ({"tile_type": "f16"}, 1),
     ],
     ids=str,
 )
 def test_variants(changes: dict[str, Any], walks: int) -> None:
     caps = checks.runtime(TARGET).capabilities()
-    needed = {"subgroup": "subgroups", "f16": "fp16"}
+    needed = {"subgroup": "subgroups"}
     for feature in {needed[v] for v in changes.values() if v in needed} - caps.features:
         pytest.skip(f"this adapter lacks {feature}")
     for fmt in (formats.get("q4_K"), formats.get("q8_0")):
@@ -124,7 +144,7 @@ from kernelgen.ir import formats
 from tests import device_checks as checks
 target = targets.get("wgsl")
 runtime = target.runtime()
-print({d["subgroup_size"] for d in runtime.describe()} - {None})
+print({d["subgroup_size"] for d in runtime.describe() if d["subgroups"]})
 for name in sys.argv[1:]:
     fmt = formats.get(name)
     for one in checks.walks(target, fmt):
@@ -218,7 +238,20 @@ def test_devices_are_described() -> None:
     assert found
     for one in found:
         assert one["max_threads"] > 0 and one["shared_bytes"] > 0 and one["largest_buffer"] > 0
-        assert one["subgroups"] == (one["subgroup_size"] is not None)
+        assert one["subgroups"] == (one.get("subgroup_size", 0) > 0)
+        assert one["largest_binding"] <= one["largest_buffer"] and one["driver"] and one["kind"]
+
+
+def test_looking_for_devices_is_quiet() -> None:
+    """Also where there is no display."""
+    checks.runtime(TARGET)
+    look = "from kernelgen import targets; print(len(targets.get('wgsl').runtime().describe()))"
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_RUNTIME_DIR"}
+    run = subprocess.run(
+        [sys.executable, "-c", look], env=environment | {"PYTHONPATH": "."}, cwd=HERE.parent,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(run.stdout) > 0 and run.stderr == ""
 
 
 @pytest.mark.parametrize("nbytes", (4, 5, 4096, wgsl._SMALL, wgsl._SMALL + 4, wgsl._SMALL + 6))
@@ -232,6 +265,24 @@ def test_download(nbytes: int) -> None:
 
 
 # ---- Tint ---------------------------------------------------------------------------------------
+
+
+def _install(folder: Path) -> None:
+    """Fetch Tint; skips the test where no registry is in reach.  What one process was told, those
+    that wait for it need not hear again."""
+    failed = folder / ".failed"
+    if not failed.exists() or time.time() - failed.stat().st_mtime > 60:
+        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=0"]
+        npm = subprocess.run(
+            [*command, "--fetch-timeout=30000"], cwd=folder, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if npm.returncode == 0:
+            (folder / ".installed").touch()
+            return
+        said = [s for s in npm.stderr.splitlines() if s.startswith(("npm error", "npm ERR!"))]
+        failed.write_text(next((s for s in said if "reason:" in s), " ".join(said[:1])))
+    pytest.skip(f"npm could not install Tint: {failed.read_text() or 'no reason given'}")
 
 
 @pytest.fixture(scope="session")
@@ -248,15 +299,7 @@ def tint() -> Path:
                 (folder / one).write_text(text)
                 (folder / ".installed").unlink(missing_ok=True)
         if not (folder / ".installed").exists():
-            command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-            patience = ["--fetch-retries=1", "--fetch-timeout=60000"]
-            npm = subprocess.run(
-                [*command, *patience], cwd=folder, capture_output=True, text=True, check=False
-            )
-            if npm.returncode:
-                reason = (npm.stderr.strip().splitlines() or ["no reason given"])[0]
-                pytest.skip(f"npm could not install Tint: {reason}")
-            (folder / ".installed").touch()
+            _install(folder)
     return folder
 
 
@@ -282,7 +325,6 @@ def test_tint_takes_every_variant(tint: Path, fmt: BlockFormat) -> None:
     assert rejected(tint, checks.texts(TARGET, fmt)) == {}
 
 
-@pytest.mark.slow
 def test_tint_takes_all_formats(tint: Path) -> None:
     every = (*formats.FORMATS, *checks.MADE_UP, *ODD)
     assert rejected(tint, (k for f in every for k in checks.texts(TARGET, f))) == {}
@@ -374,7 +416,6 @@ def browser_kernels() -> Iterator[Kernel]:
                 yield generate("matvec", formats.get(fmt), TARGET, config, "fp32")
 
 
-@pytest.mark.slow
 def test_runs_in_a_browser(tmp_path: Path) -> None:
     """A page that knows nothing of kernelgen but the manifest runs the kernels."""
     jobs, wanted = [], {}

@@ -24,6 +24,8 @@ void kernelgen_matvec_f16_fp32(const float *x, const uint8_t *w, float *y, int64
 void kernelgen_matmul_f16_fp32(const float *x, const uint8_t *w, float *y, int64_t M, int64_t N, int64_t K);
 void kernelgen_prepare_f16(const uint8_t *w, uint8_t *tiles, int64_t N, int64_t K);
 int64_t kernelgen_prepare_f16_bytes(int64_t N, int64_t K);
+void kernelgen_attention_d64_f16_causal_fp32(const float *q, const uint8_t *k, const uint8_t *v, float *y, int64_t B, int64_t H, int64_t HK, int64_t T, int64_t S);
+void kernelgen_attention_d128_f16_causal_fp32(const float *q, const uint8_t *k, const uint8_t *v, float *y, int64_t B, int64_t H, int64_t HK, int64_t T, int64_t S);
 void kernelgen_dequantize_bf16(const uint8_t *w, float *y, int64_t COUNT);
 void kernelgen_get_rows_bf16(const uint8_t *w, const int64_t *ids, float *y, int64_t ROWS, int64_t K);
 void kernelgen_matvec_bf16_fp32(const float *x, const uint8_t *w, float *y, int64_t M, int64_t N, int64_t K);
@@ -85,6 +87,8 @@ int64_t kernelgen_matmul_q8_0_int8_scratch(int64_t M, int64_t K);
 void kernelgen_matmul_q8_0_fp32(const float *x, const uint8_t *w, float *y, int64_t M, int64_t N, int64_t K);
 void kernelgen_prepare_q8_0(const uint8_t *w, uint8_t *tiles, int64_t N, int64_t K);
 int64_t kernelgen_prepare_q8_0_bytes(int64_t N, int64_t K);
+void kernelgen_attention_d64_q8_0_causal_fp32(const float *q, const uint8_t *k, const uint8_t *v, float *y, int64_t B, int64_t H, int64_t HK, int64_t T, int64_t S);
+void kernelgen_attention_d128_q8_0_causal_fp32(const float *q, const uint8_t *k, const uint8_t *v, float *y, int64_t B, int64_t H, int64_t HK, int64_t T, int64_t S);
 void kernelgen_dequantize_q8_1(const uint8_t *w, float *y, int64_t COUNT);
 void kernelgen_get_rows_q8_1(const uint8_t *w, const int64_t *ids, float *y, int64_t ROWS, int64_t K);
 void kernelgen_quantize_q8_1_int8(const float *x, int8_t *q, float *d, float *s, int64_t M, int64_t K);

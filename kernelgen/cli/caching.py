@@ -22,6 +22,7 @@ from kernelgen.cli.terminal import (
 from kernelgen.errors import TuningError
 from kernelgen.tuner import cache, ledger
 from kernelgen.tuner.cache import Entry
+from kernelgen.tuner.space import wanted
 
 app = typer.Typer(help="What the tuner remembers.", no_args_is_help=True)
 
@@ -41,23 +42,25 @@ def one_line(entry: Entry) -> str:
     key = entry.key
     shape = "x".join(map(str, key.shape))
     return (
-        f"{key.op} {key.format} {shape} ({key.precision}) on {key.device.name}:"
+        f"{key.op} {key.format} {shape} ({wanted(key)}) on {key.device.name}:"
         f" {entry.walk}({_config(entry.config)}) {_ms(entry.seconds)}"
     )
 
 
 def facts(entry: Entry) -> Iterator[tuple[str, str]]:
     """What an entry says of itself, by name."""
-    before = entry.baseline
-    ratio = (
-        f", {entry.ratio:.2f} times the default's {_ms(before['seconds'])}" if entry.ratio else ""
-    )
-    yield "expects", _ms(entry.seconds) + ratio
+    expected = _ms(entry.seconds) + " on the device" * (entry.clock == "device")
+    if entry.joules is not None:
+        expected += f", {entry.joules * 1e3:.3f} mJ"
+    if entry.ratio:
+        expected += f", {entry.ratio:.2f} times better than the default"
+    yield "expects", expected
     if entry.roofline:
         yield "roofline", f"{_ms(entry.roofline)}, {entry.roofline / entry.seconds:.0%} reached"
     if entry.runner_up:
         second = entry.runner_up
-        yield "second", f"{second['walk']}({_config(second['config'])}) {_ms(second['seconds'])}"
+        took = _ms(second["seconds"]) if second.get("seconds") else ""
+        yield "second", f"{second['walk']}({_config(second['config'])}) {took}"
     if entry.error is not None and entry.tolerance is not None:
         more = f"; {entry.rms_error:.2g} RMS with rounded activations" if entry.rms_error else ""
         yield "error", f"{entry.error:.2g}, allowed {entry.tolerance:.2g}{more}"
@@ -109,7 +112,7 @@ def list_entries(
     for one in found:
         key = one.key
         shown.add_row(
-            key.target, f"{key.op} {key.format} ({key.precision})", "x".join(map(str, key.shape)),
+            key.target, f"{key.op} {key.format} ({wanted(key)})", "x".join(map(str, key.shape)),
             _ms(one.seconds), f"{one.ratio:.2f}" if one.ratio else "",
             f"{one.walk}({_config(one.config)})", key.device.name, "stale" if _stale(one) else "",
         )  # fmt: skip
@@ -146,9 +149,23 @@ def show(
 
 
 @app.command("export")
-def export(file: File, target: TargetNames = None, format: FormatNames = None) -> None:
+def export(
+    file: File,
+    target: TargetNames = None,
+    format: FormatNames = None,
+    preset: Annotated[
+        bool,
+        typer.Option(
+            "--preset",
+            help="Without names of machines and files, to be shipped in kernelgen/tuner/presets/.",
+        ),
+    ] = False,
+) -> None:
     """Write the winners to a file, for other machines."""
-    count = ledger.export(file, _picked(cache.entries(), target, format))
+    chosen = _picked(cache.entries(), target, format)
+    if preset:
+        chosen = [one for one in chosen if _stale(one) is None]
+    count = ledger.export(file, chosen, preset)
     print(f"{count} entries written to {file}")
 
 

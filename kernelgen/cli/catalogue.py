@@ -27,10 +27,10 @@ from kernelgen.cli.terminal import (
     table,
 )
 from kernelgen.errors import ConfigError
-from kernelgen.generate import generate
+from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import choose_precision
+from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import OPS, Target
 
 
@@ -55,9 +55,10 @@ class Cell:
 
 def _cell(target: Target, op: str, fmt: BlockFormat, how: str, unavailable: str | None) -> Cell:
     walks = [walk for walk in target.walks if walk.op == op]
-    refusals = {walk.name: walk.applies(fmt) for walk in walks}
+    refusals = {walk.name: walk.accepts(fmt) for walk in walks}
     offers = list(dict.fromkeys(w.precision for w in walks if refusals[w.name] is None))
-    notes = [note for p in offers for note in generate(op, fmt, target, precision=p).notes]
+    able = [walk for walk in walks if refusals[walk.name] is None]
+    notes = [note for walk in able for note in generate_walk(walk, fmt, target).notes]
     reason = unavailable
     if not offers:
         reason = next(filter(None, refusals.values()), "it has no walk for this op")
@@ -157,7 +158,7 @@ def show(
         str, typer.Option("--target", metavar="T", help="The target whose kernel is shown.")
     ] = target_list.PREFERENCE[0],
     precision: Annotated[
-        str, typer.Option("--precision", metavar="P", help="fp32, int8 or auto.")
+        str, typer.Option("--precision", metavar="P", help=f"{', '.join(PRECISIONS)}.")
     ] = "auto",
     config: Annotated[
         Names,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kernelgen import api
+from kernelgen import api, verify_attention
 from kernelgen import bench as benchmark
 from kernelgen import verify as verifier
 from kernelgen.cli.terminal import (
@@ -31,9 +31,15 @@ from kernelgen.cli.terminal import (
     table,
 )
 from kernelgen.errors import ShapeError, TargetError
+from kernelgen.ir import formats as format_list
 from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import EMULATED, Runtime, Target
 from kernelgen.verify import Result
+
+_OPS = (*verifier.OPS, "attention")
+
+#: formats of keys and values in wide use
+_CACHE_FORMATS = ("f16", "q8_0", "q4_0")
 
 #: widths of the columns of `verify`, whose rows are printed as they come
 _COLUMNS = {
@@ -57,10 +63,13 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run kernels against the numpy reference; exit with 1 if any is wrong."""
-    formats, ops = pick_formats(format), pick_ops(op, verifier.OPS)
+    formats, ops = pick_formats(format), pick_ops(op or list(verifier.OPS), _OPS)
+    # K and V in all formats, all kinds and head sizes, are too many to be a default
+    caches = formats if format else [format_list.get(name) for name in _CACHE_FORMATS]
     runtimes = list(_runtimes(target, EMULATED if emulate else isa))
     out = console(stderr=as_json)
     results: list[Result] = []
+    attends = "attention" in ops
     if not as_json:
         out.print("".join(f"{name:<{width}}" for name, width in _COLUMNS.items()), style="bold")
     with progress_bar(out) as progress:
@@ -75,6 +84,10 @@ def verify(
                     if not as_json:
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
                 progress.advance(task)
+            for result in verify_attention.verify(one, caches, runtime=runtime) if attends else ():
+                results.append(result)
+                if not as_json:
+                    progress.console.print(_row(result, all_configs), soft_wrap=True)
     failed = sum(not result.ok for result in results)
     if as_json:
         print_json([result.as_dict() for result in results])

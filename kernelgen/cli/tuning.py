@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,8 +37,9 @@ from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import lookup, samplers, space
 from kernelgen.tuner.device import of as device_of
 from kernelgen.tuner.measure import WorkerMeasurer
+from kernelgen.tuner.report import EFFORTS, Options, Report, Status, amount, summary
 from kernelgen.tuner.space import Problem
-from kernelgen.tuner.study import EFFORTS, Options, Report, Status, Study, summary
+from kernelgen.tuner.study import Study
 
 #: rows of activations that a model's matrices are tuned for: one token, and a prompt
 _MODEL_ROWS = (1, 128)
@@ -44,6 +47,18 @@ _MODEL_ROWS = (1, 128)
 Precision = Annotated[
     str, typer.Option("--precision", metavar="P", help=f"{', '.join(PRECISIONS)}.")
 ]
+Objective = Annotated[
+    str,
+    typer.Option("--objective", help=f"What is to be least: {' or '.join(space.OBJECTIVES)}."),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error", metavar="X",
+        help="Largest RMS error, relative to the output's RMS, that rounded activations included"
+        " may make; by default what the precision stands for.",
+    ),
+]  # fmt: skip
 
 
 def tune(
@@ -78,14 +93,8 @@ def tune(
             + ".",
         ),
     ] = "normal",
-    max_error: Annotated[
-        float | None,
-        typer.Option(
-            "--max-error", metavar="X",
-            help="Largest RMS error, relative to the output's RMS, that rounded activations"
-            " included may make; by default what the format's own error allows.",
-        ),
-    ] = None,
+    max_error: MaxError = None,
+    objective: Objective = "time",
     pareto: Annotated[
         bool, typer.Option("--pareto", help="Show the trials that none beats in both.")
     ] = False,
@@ -112,16 +121,20 @@ def tune(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Find the best configuration for shapes on this machine, and remember it."""
-    problems = list(_problems(model, format, shape, rows, precision))
+    begin = time.perf_counter()
+    problems = [
+        dataclasses.replace(one, max_error=max_error, objective=objective)
+        for one in _problems(model, format, shape, rows, precision)
+    ]
     pairs = [(one, _runtime(one, isa)) for one in _targets(target)]
     if dry_run:
         _dry_run(pairs, problems, as_json)
         return
     if effort not in EFFORTS:
         raise TuningError(f"effort {effort!r} was asked for; known are {', '.join(EFFORTS)}")
-    share = budget / (len(problems) * len(pairs)) if budget else EFFORTS[effort]
-    options = Options(share, sampler, seed, max_error, storage, resume)
+    options = Options(EFFORTS[effort], sampler, seed, storage, resume)
     _need_optuna()
+    waiting = len(problems) * len(pairs)
     warning = busy()
     if warning:
         complain(f"warning: {warning}")
@@ -130,6 +143,10 @@ def tune(
         measurer = WorkerMeasurer(one.name, isa)
         try:
             for problem in problems:
+                if budget:  # what others left over is shared by the rest
+                    left = budget - (time.perf_counter() - begin)
+                    options = dataclasses.replace(options, budget=max(left, 0.0) / waiting)
+                waiting -= 1
                 found = _study(one, runtime, problem, measurer, options, as_json)
                 reports.append((one, found))
                 if found.stopped == "interrupted":
@@ -267,9 +284,10 @@ def _study(
 
 
 def _status(target: Target, now: Status) -> Text:
-    best = "nothing yet" if now.best is None else f"best {_ms(now.best)}"
+    goal = now.problem.objective
+    best = "nothing yet" if now.best is None else f"best {amount(now.best, goal)}"
     if now.best is not None and now.default:
-        best += f", {now.default / now.best:.2f}x the default's {_ms(now.default)}"
+        best += f", {now.default / now.best:.2f}x the default's {amount(now.default, goal)}"
     if now.best is not None and now.roofline:
         best += f", {now.roofline / now.best:.0%} of the roofline"
     return Text(
@@ -282,15 +300,17 @@ def _print_reports(reports: list[tuple[Target, Report]], pareto: bool) -> None:
     numbers = ["old", "new", "ratio", "roofline", "tried", "failed"]
     shown = table("target", "kernel", *numbers, right=numbers)
     for target, one in reports:
-        roof = one.roofline / one.seconds if one.roofline and one.seconds else None
+        goal = one.problem.objective
+        roof = one.roofline / one.cost if one.roofline and one.cost else None
         shown.add_row(
-            target.name, str(one.problem), _ms(one.default_seconds), _ms(one.seconds),
+            target.name, str(one.problem), amount(one.default_cost, goal), amount(one.cost, goal),
             f"{one.ratio:.2f}" if one.ratio else "", f"{roof:.0%}" if roof else "",
             f"{len(one.trials)}/{len(one.space.legal)}", str(len(one.failures)),
         )  # fmt: skip
     out = console()
     out.print(shown)
     for target, one in reports:
+        goal = one.problem.objective
         where = f"; written to {one.path}" if one.path else ""
         out.print(
             f"{target.name} {one.problem}: {one.best or 'nothing passed'}; {one.stopped} after"
@@ -299,20 +319,23 @@ def _print_reports(reports: list[tuple[Target, Report]], pareto: bool) -> None:
         )
         for candidate, outcome in one.failures:
             out.print(f"  {outcome.kind}: {candidate}: {outcome.reason}", soft_wrap=True)
-        if pareto:
-            front = table("time", "RMS error", "configuration", right=["time", "RMS error"])
+        if pareto and one.front():
+            front = table(goal, "RMS error", "configuration", right=[goal, "RMS error"])
             for candidate, outcome in one.front():
-                front.add_row(_ms(outcome.seconds), f"{outcome.rms_error:.2g}", str(candidate))
+                front.add_row(
+                    amount(outcome.cost(goal), goal), f"{outcome.rms_error:.2g}", str(candidate)
+                )
             out.print(front)
-    mean = summary(r for _, r in reports)["geometric_mean"]
-    if len(reports) > 1 and mean:
-        out.print(f"tuned over default: {mean:.2f} times, the geometric mean of {len(reports)}")
+    found = summary(r for _, r in reports)
+    if found["count"] > 1:
+        mean, count = found["geometric_mean"], found["count"]
+        out.print(f"tuned over default: {mean:.2f} times, the geometric mean of {count}")
 
 
 def _as_dict(target: Target, one: Report) -> dict[str, Any]:
     return {
         "target": target.name, "problem": str(one.problem), "device": vars(one.device),
-        "old": one.default_seconds, "new": one.seconds, "ratio": one.ratio,
+        "old": one.default_cost, "new": one.cost, "ratio": one.ratio,
         "roofline": one.roofline, "tried": len(one.trials), "space": len(one.space.legal),
         "stopped": one.stopped, "seconds": one.spent, "path": one.path,
         "config": one.best.as_dict() if one.best else None,
@@ -321,10 +344,6 @@ def _as_dict(target: Target, one: Report) -> dict[str, Any]:
         "front": [{"candidate": str(c), "seconds": o.seconds, "rms_error": o.rms_error}
                   for c, o in one.front()],
     }  # fmt: skip
-
-
-def _ms(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.3f} ms"
 
 
 # ---- explain ----------------------------------------------------------------------------------
@@ -340,6 +359,8 @@ def explain(
         str, typer.Option("--target", metavar="T", help="By default that of matmul.")
     ] = "",
     precision: Precision = "auto",
+    max_error: MaxError = None,
+    objective: Objective = "time",
     isa: Variant = "",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -348,7 +369,7 @@ def explain(
         raise TuningError(f"{op} was asked about; what is tuned is matmul (and matvec)")
     manifest = target_list.get(target or api.default_target())
     runtime = _runtime(manifest, isa)
-    problem = Problem(format_list.get(format), *parse_shape(shape), precision)
+    problem = Problem(format_list.get(format), *parse_shape(shape), precision, max_error, objective)
     choice = lookup.choose_for(manifest, runtime, problem)
     others = [
         found for found in lookup.search(manifest, runtime, problem)

@@ -133,6 +133,10 @@ class Emulator:
         """The names of the kernels in the file."""
         return tuple(e.name for e in self._entries)
 
+    def parameters(self, entry: str) -> tuple[str, ...]:
+        """The names of what a launch of a kernel gives; none are known of a template's instance."""
+        return next((e.parameters for e in self._entries if e.name == entry), ())
+
     @functools.cache  # noqa: B019 - one emulator is one file, and lives as long
     def _compiled(self, entry: str, checked: bool) -> Compiled:
         return self.language.compile(
@@ -148,8 +152,7 @@ class Emulator:
         begin = time.perf_counter()
         compiled = self._compiled(entry, sanitize)
         kinds = engine.describe(str(compiled.library), compiled.describe).split()
-        names = next((e.parameters for e in self._entries if e.name == entry), ())
-        arguments = _Arguments(entry, kinds, names, args, shared_bytes)
+        arguments = _Arguments(entry, kinds, self.parameters(entry), args, shared_bytes)
         shape = (_three(grid, "the grid"), _three(block, "the block"))
         options = engine.Options(
             seed=seed, seconds=seconds, workers=workers, subgroup=self.subgroup,
@@ -266,7 +269,8 @@ class _Lines:
 
 @functools.cache
 def _addr2line() -> str | None:
-    names = ("addr2line", "llvm-addr2line", *(f"llvm-addr2line-{n}" for n in range(21, 15, -1)))
+    # binutils' own is last: it does not see where clang has inlined a function
+    names = (*(f"llvm-addr2line-{n}" for n in range(21, 15, -1)), "llvm-addr2line", "addr2line")
     return next((path for n in names if (path := shutil.which(n))), None)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kernelgen.emulator.compiler import (
     INCLUDE,
@@ -22,7 +23,7 @@ from kernelgen.emulator.compiler import (
     machine_flags,
     shared_flags,
 )
-from kernelgen.emulator.source import Entry, entries, rewrite_cuda
+from kernelgen.emulator.source import Entry, dynamic_offset, entries, rewrite_cuda
 
 #: GPUs wrap, alias and do not trap; float arithmetic is rounded as it is written
 _FLAGS = (
@@ -62,11 +63,35 @@ def _defines(defines: Mapping[str, str | int], include: Iterable[str]) -> list[s
 
 
 def _debug(compiler: Compiler) -> list[str]:
-    return ["-gline-tables-only" if compiler.family == "clang" else "-g"]
+    return ["-gline-tables-only" if compiler.family == "clang" else "-g1"]
 
 
 def _cuda_entries(source: str) -> tuple[Entry, ...]:
     return tuple(entries(source))
+
+
+def _header(
+    compiler: Compiler, kind: str, path: Path, flags: Sequence[str], defines: Mapping[str, Any]
+) -> list[str]:
+    """Flags that include the header that every kernel of a language has, compiled beforehand: it
+    takes longer than a kernel.  Macros may change it, so with any it is compiled anew."""
+    plain = ["-include", path.name]
+    if defines:
+        return plain
+    ending = ".h.gch" if compiler.family == "gcc" else ".pch"
+    extra = [] if compiler.family == "gcc" else ["-Xclang", "-fno-pch-timestamp"]
+
+    def build(work: Path, target: Path) -> None:
+        compiler.run([*flags, *extra, "-x", f"{kind}-header", str(path), "-o", str(target)], work)
+
+    try:
+        made = built(f"header-{kernel_key(compiler, kind, str(path), flags)}{ending}", build)
+    except EmulatorError:  # an old compiler may not do this
+        return plain
+    if compiler.family != "gcc":
+        return ["-include-pch", str(made)]
+    # GCC looks beside a header for its compiled form, and need not find the header itself
+    return ["-include", str(made.with_suffix(""))]
 
 
 def _cuda_compile(
@@ -83,17 +108,19 @@ def _cuda_compile(
     wanted = known if plain else [entry]
     symbols = {k: k if plain else "instance_" + digest(k) for k in wanted}
     thunks = "".join(f"EMU_ENTRY({symbols[k]}, {k})\n" for k in symbols)
+    thunks += f'extern "C" const unsigned emu_dynamic_offset = {dynamic_offset(source)};\n'
     text = f'#line 1 "{name}"\n{rewrite_cuda(source)}\n#line 1 "entries of the emulator"\n{thunks}'
-    flags = [
+    always = [
         "-std=c++17", *_FLAGS, *_debug(compiler), *machine_flags(compiler),
-        *(_CHECKS if checked else ()), *_defines(defines, include),
-        *(["-fno-gnu-unique"] if compiler.family == "gcc" else []),
-        f"-I{INCLUDE / 'cuda'}", "-include", "emu_cuda.h",
+        *(_CHECKS if checked else ()),
+        *(["-fno-gnu-unique"] if compiler.family == "gcc" else []), f"-I{INCLUDE / 'cuda'}",
     ]  # fmt: skip
+    flags = [*always, *_defines(defines, include)]
 
     def build(work: Path, target: Path) -> None:
         (work / "kernel.cpp").write_text(text)
-        compiler.run([*flags, "-c", "kernel.cpp", "-o", "kernel.o"], work)
+        header = _header(compiler, "c++", INCLUDE / "cuda" / "emu_cuda.h", always, defines)
+        compiler.run([*flags, *header, "-c", "kernel.cpp", "-o", "kernel.o"], work)
         # linked without the checks' own libraries: the engine has what they call
         compiler.run([*shared_flags(), "kernel.o", "-o", str(target)], work)
 
@@ -105,7 +132,7 @@ def _cuda_compile(
 # ---- OpenCL and Metal: clang's C++ for OpenCL, compiled for this CPU
 
 _CL = (
-    "-x", "cl", "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang",
+    "-cl-std=clc++2021", "-cl-no-stdinc", "-Xclang",
     "-cl-ext=+cl_khr_fp16,+cl_khr_fp64,-__opencl_c_generic_address_space,-__opencl_c_pipes,"
     "-__opencl_c_device_enqueue",
 )  # fmt: skip
@@ -175,6 +202,16 @@ def _objcopy() -> str:
     raise EmulatorError("the emulator found no objcopy; install binutils or LLVM")
 
 
+def _statics(compiler: Compiler) -> Path:
+    """The object that tells the engine where a kernel's local memory is."""
+
+    def build(work: Path, target: Path) -> None:
+        (work / "statics.cpp").write_text(_STATICS)
+        compiler.run(["-fPIC", "-O1", "-c", "statics.cpp", "-o", str(target)], work)
+
+    return built(f"statics-{kernel_key(compiler, 'statics', _STATICS, ())}.o", build)
+
+
 def _cl_compile(
     header: str, find: Callable[[str], tuple[Entry, ...]], extra: Sequence[str],
     source: str, entry: str, known: Sequence[str], checked: bool, name: str,
@@ -186,21 +223,21 @@ def _cl_compile(
     thunks = "".join(_thunks(e) for e in find(source))
     text = f'#line 1 "{name}"\n{source}\n#line 1 "entries of the emulator"\n{thunks}'
     folder = INCLUDE / header.split("_")[1].split(".")[0]
-    flags = [
+    always = [
         *_CL, *extra, *_FLAGS, "-gline-tables-only", *machine_flags(compiler),
-        "-Xclang", "-ffloat16-excess-precision=none", *(_CHECKS if checked else ()),
-        *_defines(defines, include), f"-I{folder}", "-include", header,
+        "-Xclang", "-ffloat16-excess-precision=none", *(_CHECKS if checked else ()), f"-I{folder}",
     ]  # fmt: skip
+    flags = [*always, *_defines(defines, include)]
 
     def build(work: Path, target: Path) -> None:
         (work / "kernel.cl").write_text(text)
-        (work / "statics.cpp").write_text(_STATICS)
-        compiler.run([*flags, "-c", "kernel.cl", "-o", "kernel.o"], work)
-        linker.run(["-fPIC", "-O1", "-c", "statics.cpp", "-o", "statics.o"], work)
+        known = _header(compiler, "cl", folder / header, always, defines)
+        compiler.run([*flags, "-x", "cl", *known, "-c", "kernel.cl", "-o", "kernel.o"], work)
         # all local memory in a section of its own, to be poisoned and watched
         move = [_objcopy(), "--rename-section", ".bss=emu_shared", "kernel.o"]
         subprocess.run(move, check=True, cwd=work)
-        linker.run([*shared_flags(), "kernel.o", "statics.o", "-o", str(target), "-lm"], work)
+        files = ["kernel.o", str(_statics(linker))]
+        linker.run([*shared_flags(), *files, "-o", str(target), "-lm"], work)
 
     library = built(f"kernel-{kernel_key(compiler, header, text, flags)}.so", build)
     return Compiled(library, f"emu_entry_{entry}", f"emu_describe_{entry}", checked)
@@ -217,3 +254,15 @@ LANGUAGES: dict[str, Language] = {
         partial(_cl_compile, "emu_metal.h", _metal_entries, ("-cl-single-precision-constant",)),
     ),
 }  # fmt: skip
+
+
+def missing(language: str) -> str | None:
+    """What the emulator lacks here to run a language, as a sentence, or None."""
+    try:
+        cxx()
+        if language != "cuda":
+            clang()
+            _objcopy()
+    except EmulatorError as error:
+        return str(error)
+    return None

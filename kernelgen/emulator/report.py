@@ -11,6 +11,7 @@ KINDS = {
     "race": "two threads use the same shared memory, one writes, and nothing orders them",
     "uninitialised": "shared memory is read that no thread has written",
     "async": "shared memory is used whose asynchronous copy has not been waited for",
+    "proxy": "an asynchronous unit uses what threads wrote without fence.proxy.async between",
     "bounds": "memory outside every buffer is used",
     "misaligned": "an address is not a multiple of what the access needs",
     "barrier": "threads of a block wait at different barriers, or some at none",

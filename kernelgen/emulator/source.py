@@ -89,31 +89,105 @@ def line_of(source: str, position: int) -> int:
 
 # ---- asm statements
 
+#: parameters of a macro, or None if it takes no arguments, and its text
+_Macros = dict[str, tuple[list[str] | None, str]]
 
-def _operand(source: str, found: list[Token], is_output: bool) -> str:
+
+def _macros(source: str) -> _Macros:
+    """The macros that a file defines, the last definition of each."""
+    found: _Macros = {}
+    for match in re.finditer(
+        r"^[ \t]*#[ \t]*define[ \t]+(\w+)(?:\(([^)]*)\))?((?:\\\n|[^\n])*)", source, re.MULTILINE
+    ):
+        parameters = None if match[2] is None else [p.strip() for p in match[2].split(",")]
+        found[match[1]] = (parameters, match[3].replace("\\\n", " ").strip())
+    return found
+
+
+def _expanded(text: str, macros: _Macros, depth: int = 0) -> str:
+    """A text with the file's own macros replaced, as operands of asm may come from some."""
+    found, pieces, copied, i = tokens(text), [], 0, 0
+    while i < len(found) and depth < 20:
+        token, end = found[i], i
+        parameters, body = macros.get(token.value, (None, ""))
+        if token.kind == "word" and token.value in macros:
+            if parameters is not None and i + 1 < len(found) and found[i + 1].value == "(":
+                end = _closing(found, i + 1)
+                given = [_slice(text, part) for part in _split(found[i + 2 : end], ",")]
+                values = dict(zip(parameters, given, strict=False))
+                body = "".join(
+                    values.get(part, part) for part in re.split(r'("(?:[^"\\]|\\.)*"|\w+)', body)
+                )
+            if parameters is None or end > i:
+                pieces.append(text[copied : token.start] + _expanded(body, macros, depth + 1))
+                copied = found[end].end
+        i = end + 1
+    return "".join(pieces) + text[copied:]
+
+
+def _operand(text: str, found: list[Token], is_output: bool, line: int) -> str:
     constraint = found[0].value.strip('"')
     kind = constraint.strip("=+&")
     if found[0].kind != "text" or kind not in tuple("rlfdhn"):
-        raise EmulatorError(f"line {line_of(source, found[0].start)}: the asm operand"
-                            f" {_slice(source, found)} has a constraint that is not one of"
-                            " r, l, f, d, h, n")  # fmt: skip
+        raise EmulatorError(f"line {line}: the asm operand {_slice(text, found)} has a constraint"
+                            " that is not one of r, l, f, d, h, n")  # fmt: skip
     function = "in" if not is_output else "inout" if "+" in constraint else "out"
-    return f"::emu::{function}<'{kind}'>{_slice(source, found[1:])}"
+    return f"::emu::{function}<'{kind}'>{_slice(text, found[1:])}"
 
 
-def _asm_call(source: str, inside: list[Token], line: int) -> str:
+def _asm_call(source: str, inside: list[Token], line: int, macros: _Macros) -> str:
     sections = _split(inside, ":")
     text = _slice(source, sections[0])
     operands = []
     for number, section in enumerate(sections[1:3]):
-        for operand in _split(section, ","):
-            operands.append(_operand(source, operand, number == 0))
+        plain = _expanded(_slice(source, section), macros)
+        for operand in _split(tokens(plain), ","):
+            operands.append(_operand(plain, operand, number == 0, line))
     array = f"EmuOperand emu_operands[] = {{{', '.join(operands)}}}; " if operands else ""
     values = f"emu_operands, {len(operands)}" if operands else "nullptr, 0"
-    return (
+    call = (
         f"do {{ static void *emu_place; {array}"
         f"emu_ptx(&emu_place, {text}, {values}, {line}); }} while (0)"
     )
+    return call.replace("\n", " ") if "\n" not in text else call
+
+
+def _extern_shared(found: list[Token], i: int) -> int:
+    """Where the declaration of an extern __shared__ array that begins at `i` ends, else 0."""
+    if found[i].value != "extern" or i + 1 == len(found) or found[i + 1].kind != "word":
+        return 0
+    end = i
+    while end < len(found) and found[end].value not in (";", "{", "="):
+        end += 1
+    shared = any(t.value == "__shared__" for t in found[i:end])
+    return end if shared and end < len(found) and found[end].value == ";" else 0
+
+
+def dynamic_offset(source: str) -> int:
+    """How far from a well aligned address dynamic shared memory is to begin, so that it is aligned
+    as a file declares it, and no better."""
+    found = tokens(source)
+    alignment = 16
+    for i in range(len(found)):
+        end = _extern_shared(found, i)
+        for at in range(i, end - 3):
+            if found[at].value in ("__align__", "alignas", "aligned", "__aligned__"):
+                number = found[at + 2].value
+                plain = number.isdigit() and found[at + 3].value == ")"
+                alignment = max(alignment, int(number) if plain else 1024)
+    return alignment if alignment < 1024 else 0
+
+
+def _check_clusters(source: str, found: list[Token]) -> None:
+    """Raises where a kernel asks for clusters of several blocks."""
+    for i, token in enumerate(found):
+        if token.value == "__cluster_dims__" and token.kind == "word":
+            inside = found[i + 2 : _closing(found, i + 1)]
+            if any(t.kind == "number" and t.value != "1" for t in inside):
+                raise EmulatorError(
+                    f"line {line_of(source, token.start)}: clusters of more than one block are not"
+                    " emulated; compile the kernel without __cluster_dims__"
+                )
 
 
 def rewrite_cuda(source: str) -> str:
@@ -122,6 +196,9 @@ def rewrite_cuda(source: str) -> str:
     Every line stays on its number.
     """
     found = tokens(source)
+    _check_clusters(source, found)
+    macros = _macros(source)
+    offset = dynamic_offset(source)
     pieces: list[str] = []
     copied = 0
 
@@ -143,19 +220,15 @@ def rewrite_cuda(source: str) -> str:
             if found[at].value == "(":
                 end = _closing(found, at)
                 line = line_of(source, token.start)
-                replace(token.start, found[end].end, _asm_call(source, found[at + 1 : end], line))
+                call = _asm_call(source, found[at + 1 : end], line, macros)
+                replace(token.start, found[end].end, call)
                 i = end
-        elif token.value == "extern" and found[i + 1].kind == "word":
-            end = i
-            while end < len(found) and found[end].value not in (";", "{", "="):
-                end += 1
-            shared = [t for t in found[i:end] if t.value == "__shared__"]
-            if shared and found[end].value == ";":
-                prefix = "_" if sys.platform == "darwin" else ""
-                label = f' __asm__("{prefix}emu_dynamic_shared")'
-                declaration = source[token.start : found[end].start].replace("__shared__", "")
-                replace(token.start, found[end].start, declaration + label)
-                i = end
+        elif end := _extern_shared(found, i):
+            name = f"emu_dynamic_shared_{offset}" if offset else "emu_dynamic_shared"
+            label = f' __asm__("{"_" if sys.platform == "darwin" else ""}{name}")'
+            declaration = source[token.start : found[end].start].replace("__shared__", "")
+            replace(token.start, found[end].start, declaration + label)
+            i = end
         i += 1
     return "".join(pieces) + source[copied:]
 

@@ -7,6 +7,7 @@ dot products, the layouts, the encoder and the quantizer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +20,20 @@ import numpy.typing as npt
 from kernelgen.errors import ExprError, FormatError
 from kernelgen.ir.check import problems
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
-from kernelgen.ir.expr import F32, I32, STORAGES, Expr, Field, cast, const, load, named, show, var
+from kernelgen.ir.expr import (
+    F32,
+    I32,
+    STORAGES,
+    Expr,
+    Field,
+    cast,
+    const,
+    load,
+    named,
+    show,
+    substitute,
+    var,
+)
 from kernelgen.ir.ranges import interval
 
 Array = npt.NDArray[Any]
@@ -76,6 +90,18 @@ class Derived:
 GroupExpr = Callable[[Any, Expr], Expr]
 
 
+@dataclass(frozen=True)
+class Written:
+    """A function of a description, as the expression that it writes: what other processes get."""
+
+    expr: Expr
+    index: Expr
+
+    def __call__(self, block: object, index: Expr) -> Expr:
+        """The expression for another index."""
+        return substitute(self.expr, {self.index: index})
+
+
 @dataclass(frozen=True, eq=False)
 class BlockFormat:
     """A block quantization format.
@@ -117,9 +143,31 @@ class BlockFormat:
         return f"BlockFormat({self.name})"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        from kernelgen.ir.formats import get
+        from kernelgen.ir.formats import FORMATS, get, restore
 
-        return (get, (self.name,))
+        if self in FORMATS:
+            return (get, (self.name,))
+        return (restore, (self.written(),))
+
+    def written(self) -> dict[str, Any]:
+        """The description as plain data: with expressions in place of functions."""
+
+        def of(body: GroupExpr | None, name: str, count: int) -> Written | None:
+            index = var(name, count)
+            return None if body is None else Written(body(self.view, index), index)
+
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        return values | {
+            "fields": dict(self.fields),
+            "code": of(self.code, "i", self.block),
+            "scale": of(self.scale, "g", self.groups),
+            "offset": of(self.offset, "g", self.groups),
+            "ints": {name: of(body, "g", self.groups) for name, body in self.ints.items()},
+            "derived": {
+                name: Derived(one.chunk, of(one.value, "total", 1 << 30))  # type: ignore[arg-type]
+                for name, one in self.derived.items()
+            },
+        }
 
     @functools.cached_property
     def layout_fields(self) -> tuple[Field, ...]:
@@ -141,6 +189,11 @@ class BlockFormat:
     def groups(self) -> int:
         """Groups in a block."""
         return self.block // self.group
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the fields and of the integers of groups."""
+        return (*self.fields, *self.ints)
 
     @property
     def bits(self) -> float:

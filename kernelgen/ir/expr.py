@@ -257,6 +257,11 @@ def var(name: str, count: int, dtype: DType = I32) -> Expr:
     return Expr("var", dtype, attr=(name, 0, count - 1))
 
 
+def number(name: str) -> Expr:
+    """An f32 variable."""
+    return Expr("var", F32, attr=(name, -math.inf, math.inf))
+
+
 def load(field: Field, index: Scalar) -> Expr:
     """Element `index` of a field of the current block."""
     at = index if isinstance(index, Expr) else const(index, I32)

@@ -75,8 +75,9 @@ class Layout:
         """Bytes of a block that come before the field."""
         if self.order.index("field") > self.order.index("block"):
             return one.offset
-        # planes: those of words first, so that every plane begins where its units are aligned
-        order = sorted(fmt.layout_fields, key=lambda f: (-unit_bytes(f), f.offset))
+        # planes: those of many bytes that powers of two divide first, so that every plane begins
+        # where its blocks are aligned, up to the 16 bytes that the widest load takes
+        order = sorted(fmt.layout_fields, key=lambda f: (-math.gcd(f.nbytes, 16), f.offset))
         return sum(f.nbytes for f in order[: order.index(one)])
 
     def strides(self, fmt: BlockFormat, one: Field, n: Size, blocks: Size) -> dict[str, Size]:
@@ -148,18 +149,23 @@ class Layout:
 NATIVE = Layout("native", AXES)
 
 
-def interleaved(lanes: int) -> Layout:
+def interleaved(lanes: int, name: str = "interleaved") -> Layout:
     """`lanes` rows side by side: one vector load takes the same unit of all of them."""
-    return Layout("interleaved", ("tile", "block", "field", "unit", "lane", "byte"), lanes)
+    return Layout(name, ("tile", "block", "field", "unit", "lane", "byte"), lanes)
 
 
 #: each field of all blocks together, so that neighbouring threads load neighbouring words
 PLANES = Layout("planes", ("field", "tile", "lane", "block", "unit", "byte"))
 
+#: eight rows side by side: what eight threads with a row each load together is in one piece
+ROWS8 = interleaved(8, "rows8")
+
+_NAMED = {one.name: one for one in (NATIVE, PLANES, ROWS8)}
+
 
 def named_layout(name: str, lanes: int = 1) -> Layout:
     """The layout of that name."""
-    return {"native": NATIVE, "planes": PLANES}.get(name) or interleaved(lanes)
+    return _NAMED.get(name) or interleaved(lanes)
 
 
 @dataclass(frozen=True)

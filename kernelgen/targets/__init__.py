@@ -10,7 +10,7 @@ from kernelgen.errors import TargetError
 from kernelgen.targets.base import Target
 
 #: every target, the reference first
-NAMES = ("numpy", "c", "opencl", "wgsl", "cuda", "triton")
+NAMES = ("numpy", "c", "opencl", "wgsl", "cuda", "metal", "triton")
 
 #: which to run on where the user does not say: the first that can
 PREFERENCE = ("c", "numpy")

@@ -1,4 +1,4 @@
-"""What all targets share: the manifest's types, and the printer of expressions.
+"""What all targets share: the types of their manifests and runtimes.
 
 A target is a folder with `__init__.py` (a frozen `Target`), `dialect.py` (words) and `runtime.py`
 (a `Runtime`).  Nothing here names a language.
@@ -6,13 +6,10 @@ A target is a folder with `__init__.py` (a frozen `Target`), `dialect.py` (words
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import math
-import re
-import struct
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -20,23 +17,10 @@ import numpy.typing as npt
 from kernelgen.config import Capabilities, Config
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import (
-    BITWISE,
-    BOOL,
-    COMPARISONS,
-    F32,
-    I32,
-    LOADS,
-    PRECEDENCE,
-    SHIFTS,
-    U32,
-    Expr,
-    walk,
-    where,
-)
 from kernelgen.ir.ops import Activations
-from kernelgen.ir.ranges import interval
 from kernelgen.ir.steps import scalar_steps
+from kernelgen.problem import acceptable
+from kernelgen.targets.printer import Dialect
 
 Array = npt.NDArray[Any]
 
@@ -44,14 +28,25 @@ Array = npt.NDArray[Any]
 EMULATED = "emulated"
 
 #: ops and precisions, in the order in which they are listed
-OPS = ("dequantize", "get_rows", "quantize", "matvec", "matmul", "prepare")
+OPS = (
+    "dequantize",
+    "get_rows",
+    "quantize",
+    "cast",
+    "matvec",
+    "matmul",
+    "prepare",
+    "attention",
+    "attention_combine",
+)
 
 
 @dataclass(frozen=True)
 class Argument:
     """An argument of a kernel's entry point.
 
-    role    "in", "out", "scratch", "size" (an integer passed by value), or "result" (returned)
+    role    "in", "out", "scratch" (of any content), "zero" (all zero, before and after), "size" (an
+            integer passed by value), or "result" (returned)
     dtype   element type
     shape   in the symbols of the size arguments, as text; empty for a scalar
     """
@@ -64,11 +59,18 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """A grid: groups along x and y, as Python expressions of the size arguments, and the threads
-    of a group."""
+    """A grid.
+
+    groups        along x and y, as Python expressions of the size arguments
+    threads       of a group
+    shared_bytes  that the launch asks for, besides what is declared
+    symbols       what the shapes' names mean that depend on the configuration, as `Walk.symbols`
+    """
 
     groups: tuple[str, str]
     threads: int
+    shared_bytes: int = 0
+    symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def call_launch(config: Config, fmt: BlockFormat) -> Launch | None:
@@ -81,23 +83,48 @@ def element_steps(fmt: BlockFormat, config: Config) -> Any:
     return scalar_steps(fmt)
 
 
+class Subject(Protocol):
+    """What a kernel is specialized for: a format, or what an op of its own kind describes.
+
+    `names` are those that its author chose and the source uses.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __hash__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Walk:
-    """A way to compute an op.
+    """A way to compute an op.  Its functions take what the kernel is specialized for (`Subject`): a
+    format, where the op is about quantized weights.
 
     name       the walk's own name
     op         one of `OPS`
-    precision  "fp32", "int8" (activations), or "" where there is no choice
+    precision  what it multiplies: "fp32", "fp16", "bf16", "int8" (activations), or "" where there
+               is no choice
     template   file under the target's templates
     config     what it leaves open
     arguments  of the entry point
     symbols    what the shapes' names mean that are not size arguments, in words of the sizes
     features   of the device that it cannot do without, in any configuration
-    applies    why a format cannot take this walk, or None
+    applies    why a subject cannot take this walk, or None
     contract   whether a*b + c may be rounded once (the result must not be bit-exact)
-    steps      what its template gets as `steps`: a format's expressions, by the loop they belong in
+    steps      what its template gets as `steps`: a subject's expressions, by the loop they belong
+               in
     launch     the grid that a launch takes; None where a call is a launch
     needs      ops whose kernels must run before this one, besides what the caller gives
+    then       ops whose kernels must run after it, on what it leaves
+    operands   arguments that depend on the subject; sizes come last, whoever gives them
+    style      tells it, in names, from other walks of the same op and precision
+    kind       type of the subject
+    fits       why a configuration that is legal by itself does not fit a subject, or None
+    buffers    arguments with blocks, where there is not one `w`: for each its template gets a
+               printer of expressions that fetch from it, such as memory_k
     """
 
     name: str
@@ -108,28 +135,59 @@ class Walk:
     arguments: tuple[Argument, ...]
     symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
     features: tuple[str, ...] = ()
-    applies: Callable[[BlockFormat], str | None] = lambda fmt: None
+    applies: Callable[[Any], str | None] = lambda subject: None
     contract: bool = True
-    steps: Callable[[BlockFormat, Config], Any] = element_steps
-    launch: Callable[[Config, BlockFormat], Launch | None] = call_launch
+    steps: Callable[[Any, Config], Any] = element_steps
+    launch: Callable[[Config, Any], Launch | None] = call_launch
     needs: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    then: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    operands: Callable[[Any], tuple[Argument, ...]] = lambda subject: ()
+    style: str = ""
+    kind: type = BlockFormat
+    fits: Callable[[Config, Any, Capabilities], str | None] = lambda *_: None
+    buffers: tuple[str, ...] = ()
+
+    def accepts(self, subject: Subject) -> str | None:
+        """Why a subject cannot take this walk, or None."""
+        if not isinstance(subject, self.kind):
+            return f"{self.op} is about another kind of thing than {subject.name}"
+        return self.applies(subject)
+
+    def arguments_for(self, subject: Subject) -> tuple[Argument, ...]:
+        """Arguments of the entry point, in order."""
+        given = (*self.arguments, *self.operands(subject))
+        return tuple(sorted(given, key=lambda one: one.role == "size"))
+
+    def refuses(self, config: Config, subject: Subject, caps: Capabilities) -> str | None:
+        """Why a device cannot run this walk for a subject in a configuration, or None."""
+        return caps.lacks(self.features) or config.legal(caps) or self.fits(config, subject, caps)
+
+    def default(self, subject: Subject, caps: Capabilities, m: int = 0) -> Config:
+        """The configuration for a device that was never tuned: the class's own, or as much
+        smaller as the subject needs."""
+        chosen = self.config.default(caps, m)
+        while self.fits(chosen, subject, caps) and (smaller := chosen.smaller()):
+            chosen = smaller
+        return chosen
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Generated source, and all that a host must know to launch it.
 
+    subject    what it is specialized for
     walk       the walk it came from, `config` what was chosen for it
     entry      name of the entry point, `arguments` what it takes
     hash       of the source
     needs      kernels that must run before this one, by op: "prepare" repacks the weights,
                "quantize" the activations
+    then       kernels that must run after it, by op
     notes      what a reader of `list` or of the source should know
     """
 
     target: str
     op: str
-    format: BlockFormat
+    subject: Any
     walk: Walk
     config: Config
     entry: str
@@ -137,16 +195,29 @@ class Kernel:
     hash: str
     needs: Mapping[str, Kernel] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
+    then: Mapping[str, Kernel] = field(default_factory=dict, hash=False)
 
     @property
     def precision(self) -> str:
-        """ "fp32" or "int8" activations; "" where the op has no such choice."""
+        """What it multiplies; "" where the op has no such choice."""
         return self.walk.precision
+
+    @property
+    def name(self) -> str:
+        """What it is called in a build: op, subject, precision, style."""
+        parts = (self.op, self.subject.name, self.precision, self.walk.style)
+        return "_".join(p for p in parts if p)
+
+    @property
+    def format(self) -> BlockFormat:
+        """The format of the weights, where the op is about these."""
+        assert isinstance(self.subject, BlockFormat)
+        return self.subject
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """Arguments of the entry point, in order."""
-        return self.walk.arguments
+        return self.walk.arguments_for(self.subject)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -229,6 +300,15 @@ class Runtime(Protocol):
         """What `matmul` of this kernel reads instead of the native blocks, kept in w.prepared."""
         ...
 
+    def attention(
+        self, kernel: Kernel
+    ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
+        """A function of q, float32 (B, H, T, D), k (B, HK, S, D), v (B, HK, S, DV), the operands of
+        the kernel's `Attention` by name, "sinks" among them where it has these, and y, float32
+        (B, H, T, DV), which it fills.
+        """
+        ...
+
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
         """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills.
 
@@ -236,41 +316,6 @@ class Runtime(Protocol):
         threads at once.
         """
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class Dialect:
-    """The words of a language: how each thing that an expression can contain is spelt.
-
-    Templates are str.format strings.  A missing word is an error that names it.  For {x} there is
-    also {atom}: the same, in brackets where it is an operation.
-
-    constant   by dtype name
-    load       by storage name, of {field} and {index}
-    cast       by "from>to" dtype names, of {x}; likewise bitcast
-    call       by function name, of {x}
-    word, element, spread1, lookup   the packed operations
-    select     of {condition} {a} {b}, where the condition is the same in all lanes
-    blend      the same where it differs between lanes
-    min, max   of {a} {b}
-    shift      what a signed amount of a shift is wrapped in, where the language wants that
-    constant.special   of the bits {x} of an f32 that is not finite
-
-    operators  by operator, where its sign is not Python's; a language in which // is / rounds
-               integers to zero
-    printer    a kind of `Printer`, for languages that need more than words
-    """
-
-    words: Mapping[str, str]
-    operators: Mapping[str, str] = field(default_factory=dict)
-    printer: type[Printer] | None = None
-
-    def word(self, key: str) -> str:
-        """The spelling of `key`."""
-        found = self.words.get(key)
-        if found is None:
-            raise TargetError(f"this language has no word for {key}; add it to its dialect")
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,214 +368,42 @@ class Target:
         runtime: Runtime = module.runtime(variant) if variant else module.runtime()
         return runtime
 
-    def walk(self, op: str, fmt: BlockFormat, precision: str = "") -> Walk:
-        """The first walk of this target for an op, a format and a precision."""
+    def walk(
+        self,
+        op: str,
+        subject: Subject,
+        precision: str = "",
+        caps: Capabilities | None = None,
+        style: str = "",
+    ) -> Walk:
+        """The first walk of this target for an op, a subject and a precision whose features a
+        device has; without a device (`caps`), those assumed here are preferred, but no condition.
+        With `style`, the one of that name."""
         reasons = []
-        for one in self.walks:
+        first = [] if caps else [w for w in self.walks if not self.capabilities.lacks(w.features)]
+        for one in (*first, *self.walks):
             if one.op != op or (precision and one.precision and one.precision != precision):
                 continue
-            reason = one.applies(fmt)
+            if style and one.style != style:
+                continue
+            reason = one.accepts(subject) or (caps.lacks(one.features) if caps else None)
             if reason is None:
                 return one
             reasons.append(reason)
-        asked = f"{op} {fmt.name}" + (f" in {precision}" if precision else "")
+        asked = f"{op} {subject.name}" + (f" in {precision}" if precision else "")
         why = "; ".join(reasons) or "it has no such walk"
         offers = sorted({w.op + (f" ({w.precision})" if w.precision else "") for w in self.walks})
         raise TargetError(
             f"target {self.name} cannot do {asked}: {why}; it offers {', '.join(offers)}"
         )
 
-
-#: how tightly names and calls bind, tighter than any operator
-ATOM = 99
-
-
-class Printer:
-    """Prints expressions of a language whose operators bind as C's or Python's, through its
-    dialect."""
-
-    def __init__(
-        self,
-        dialect: Dialect,
-        tables: Callable[[tuple[Any, ...]], str],
-        rename: Callable[[str], str] = str,
-    ) -> None:
-        """`tables` names a table by its values; `rename` gives a name of the format's author that
-        the walk or the language uses itself another spelling."""
-        self._dialect = dialect
-        self._tables = tables
-        self._rename = rename
-
-    def __call__(self, expr: Expr) -> str:
-        return self._print(expr)[0]
-
-    def _print(self, expr: Expr) -> tuple[str, int]:
-        op, word, atom = expr.op, self._dialect.word, ATOM
-        if op == "const":
-            text = self._constant(expr)
-            return text, atom if not text.startswith("-") else PRECEDENCE["neg"]
-        if op == "var":
-            return str(expr.attr[0]), atom
-        if op in PRECEDENCE and op != "select":
-            return self._operator(expr)
-        parts = [self._print(a) for a in expr.args]
-        args = [text for text, _ in parts]
-        x = {"x": args[0], "atom": args[0] if parts[0][1] == ATOM else f"({args[0]})"}
-        if op == "load":
-            key = f"load.{expr.attr.storage.name}"
-            return word(key).format(field=self._rename(expr.attr.name), index=args[0]), atom
-        if op == "word":
-            return word("word").format(field=self._rename(expr.attr.name), index=args[0]), atom
-        if op == "fetch":
-            storage, align = expr.attr
-            return word(f"fetch.{storage.name}.{min(align, storage.nbytes)}").format(
-                address=args[0]
-            ), atom
-        if op == "element":
-            return word("element").format(name=self._rename(expr.attr), index=args[0]), atom
-        if op in ("cast", "bitcast"):
-            key = f"{op}.{expr.args[0].dtype.value}>{expr.dtype.value}"
-            return word(key).format(**x), atom
-        if op == "select":
-            key = "blend" if varies(expr.args[0]) else "select"
-            return word(key).format(condition=args[0], a=args[1], b=args[2]), atom
-        if op in ("table", "lookup"):
-            return word(op).format(table=self._tables(expr.attr), index=args[0]), atom
-        if op == "spread":
-            return word(f"spread{expr.attr}").format(**x), atom
-        if op in ("min", "max"):
-            return word(op).format(a=args[0], b=args[1]), atom
-        if op == "call":
-            return word(f"call.{expr.attr}").format(**x), atom
-        if op == "named":
-            return self._print(expr.args[0])
-        raise TargetError(f"{op} cannot be printed")
-
-    def _constant(self, expr: Expr) -> str:
-        special = self._dialect.words.get("constant.special")
-        if expr.dtype is F32 and special and not math.isfinite(expr.attr):
-            bits = struct.unpack("<I", struct.pack("<f", expr.attr))[0]
-            return special.format(x=self._dialect.word("constant.u32").format(x=hex(bits)))
-        if expr.dtype is F32:
-            return self._dialect.word("constant.f32").format(x=repr(float(expr.attr)))
-        if expr.dtype is U32:
-            text = f"0x{expr.attr:08X}" if expr.attr > 0xFFFF else str(expr.attr)
-            return self._dialect.word("constant.u32").format(x=text)
-        if expr.dtype is BOOL:
-            return str(int(expr.attr))
-        return str(expr.attr)
-
-    def _operator(self, expr: Expr) -> tuple[str, int]:
-        op = expr.op
-        level = PRECEDENCE[op]
-        if op == "neg":
-            text, inner = self._print(expr.args[0])
-            return f"-{text if inner > level else f'({text})'}", level
-        left, right = expr.args
-        rounds_to_zero = self._dialect.operators.get("//") == "/"
-        if op in ("//", "%") and rounds_to_zero and interval(left)[0] < 0:
-            return self._print(_floored(expr))
-        # the opposite of -2**31 is no i32
-        if op == "+" and right.op == "const" and -(2**31) < right.attr < 0:
-            op, right = "-", Expr("const", right.dtype, attr=-right.attr)
-        sides = []
-        for arg, is_right in ((left, False), (right, True)):
-            text, inner = self._print(arg)
-            if is_right and op in SHIFTS and arg.dtype is I32 and "shift" in self._dialect.words:
-                text, inner = self._dialect.word("shift").format(x=text), 99
-            regrouped = op == arg.op == "+" and arg.dtype.is_int  # a + (b + c) needs none
-            loose = inner < level or (inner == level and is_right and not regrouped)
-            mixed = op in (*BITWISE, *SHIFTS) and arg.op in PRECEDENCE and arg.op != op
-            # a < b == c compares three values in some languages and two in others
-            chained = op in COMPARISONS and arg.op in COMPARISONS
-            bracketed = loose or chained or (mixed and inner != ATOM)
-            sides.append(f"({text})" if bracketed else text)
-        return f"{sides[0]} {self._dialect.operators.get(op, op)} {sides[1]}", level
-
-
-def _floored(expr: Expr) -> Expr:
-    """x // c or x % c, which round down, in operations that agree where division rounds to zero."""
-    x, by = expr.args
-    if by.op == "const" and by.attr > 0 and by.attr & (by.attr - 1) == 0:
-        return x & (by.attr - 1) if expr.op == "%" else x >> int(by.attr).bit_length() - 1
-    # the masks change nothing in the branch that is taken, and say that there is no sign
-    above = Expr("//", I32, (x & 0x7FFFFFFF, by))
-    below = -1 - Expr("//", I32, ((-1 - x) & 0x7FFFFFFF, by))
-    floor = where(x < 0, below, above)
-    return floor if expr.op == "//" else x - floor * by
-
-
-def varies(expr: Expr) -> bool:
-    """Whether the value depends on what is loaded, and so may differ between the rows of a tile."""
-    return any(node.op in LOADS for node in walk(expr))
-
-
-# ---- layout of the text -----------------------------------------------------------------------
-
-#: columns of generated text
-WIDTH = 100
-
-
-def statement(head: str, text: str, indent: int = 4) -> str:
-    """`head` and an expression's text as lines that are short enough to read: broken in the
-    outermost brackets, at commas or operators."""
-    return "\n".join(_lines(" " * indent + head, text, "", " " * indent))
-
-
-def _lines(before: str, text: str, after: str, indent: str) -> Iterator[str]:
-    if len(before + text + after) <= WIDTH:
-        yield before + text + after
-        return
-    if cuts := _cuts(text):
-        if before == indent:  # inside of brackets already
-            yield from _parts(text, cuts, "", after, indent)
-            return
-        text = f"({text})"
-    opening, closing = _longest_bracket(text)
-    if opening == closing:
-        yield before + text + after
-        return
-    inside, deeper = text[opening + 1 : closing], indent + " " * 4
-    yield before + text[: opening + 1]
-    if commas := _cuts(inside, ","):
-        yield from _parts(inside, commas, ",", ",", deeper)
-    else:
-        yield from _parts(inside, _cuts(inside), "", "", deeper)
-    yield indent + text[closing:] + after
-
-
-def _parts(text: str, cuts: list[int], between: str, after: str, indent: str) -> Iterator[str]:
-    """`text` cut into lines, each behind its operator or with a comma (`between`) behind it."""
-    for a, b in pairwise([0, *cuts, len(text)]):
-        part = text[a:b].removeprefix(",").strip()
-        operator = f"{part.split()[0]} " if a and not between else ""
-        end = after if b == len(text) else between
-        yield from _lines(indent + operator, part.removeprefix(operator), end, indent)
-
-
-def _cuts(text: str, what: str = "") -> list[int]:
-    """Where `what`, or else the operators that bind least, stand outside of brackets."""
-    found: dict[int, list[int]] = {}
-    depth = 0
-    for at, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        sign = re.match(r" (\S+) ", text[at:])
-        if depth == 0 and what and letter == what:
-            found.setdefault(0, []).append(at)
-        elif depth == 0 and not what and sign and sign[1] in PRECEDENCE:
-            found.setdefault(PRECEDENCE[sign[1]], []).append(at)
-    return found[min(found)] if found else []
-
-
-def _longest_bracket(text: str) -> tuple[int, int]:
-    """Where the longest of the outermost brackets opens and closes."""
-    best, opening, depth = (0, 0), 0, 0
-    for at, letter in enumerate(text):
-        if letter in "([":
-            opening = opening if depth else at
-            depth += 1
-        elif letter in ")]":
-            depth -= 1
-            if depth == 0:
-                best = max(best, (opening, at), key=lambda pair: pair[1] - pair[0])
-    return best
+    def serve(self, op: str, subject: Subject, asked: str, caps: Capabilities) -> Walk:
+        """The first walk that serves a precision that is asked for (`kernelgen.problem`)."""
+        first, *others = acceptable(asked, subject)
+        try:
+            return self.walk(op, subject, first, caps)
+        except TargetError:
+            for other in others:
+                with contextlib.suppress(TargetError):
+                    return self.walk(op, subject, other, caps)
+            raise

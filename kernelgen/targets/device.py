@@ -5,18 +5,21 @@ A target brings a `Driver`: buffers, programs, launches.  What an op needs of th
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
+from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
-from kernelgen.targets.base import Array, Kernel, Weights, check_rows
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.base import Argument, Array, Kernel, Weights, check_rows
 
 Buffer = Any
 
@@ -55,6 +58,15 @@ class Driver(Protocol):
         ...
 
 
+@runtime_checkable
+class Timed(Protocol):
+    """What a driver has besides, whose device says how long launches take."""
+
+    def timed(self, call: Callable[[], None]) -> float:
+        """Seconds that the device spends on what `call` launches."""
+        ...
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows start..stop of a matrix in a buffer of their own: as many as one binding may hold."""
@@ -64,28 +76,71 @@ class Piece:
     buffer: Buffer
 
 
+_ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
+
+
 class Launcher:
     """A compiled kernel that takes buffers and sizes by name."""
 
     def __init__(self, driver: Driver, kernel: Kernel) -> None:
-        launch = kernel.walk.launch(kernel.config, kernel.format)
+        launch = kernel.walk.launch(kernel.config, kernel.subject)
         assert launch is not None
         self._driver = driver
         self._program = driver.program(kernel)
         self._threads = launch.threads
-        # two expressions of our own manifest, evaluated at every launch
+        # expressions of our own manifest, evaluated at every launch
         self._groups = [compile(text, "<grid>", "eval") for text in launch.groups]
-        self._buffers = [a.name for a in kernel.arguments if a.role != "size"]
+        self._buffers = [a for a in kernel.arguments if a.role != "size"]
         self._sizes = [a.name for a in kernel.arguments if a.role == "size"]
+        self._known: dict[str, int] = {}
+        if isinstance(kernel.subject, BlockFormat):
+            fmt = kernel.subject
+            self._known = {"block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes}
+        symbols = {**kernel.walk.symbols, **launch.symbols}
+        self._shapes = {
+            a.name: [compile(symbols.get(s, s), "<shape>", "eval") for s in a.shape]
+            for a in self._buffers
+        }
 
     def __call__(self, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]) -> None:
         """Start the kernel; nothing is launched where the grid is empty."""
+        self.bound(buffers, sizes)()
+
+    def bound(self, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]) -> Callable[[], None]:
+        """A launch with all that it needs looked up and allocated before, to be made many times."""
         x, y = (eval(code, {"min": min}, dict(sizes)) for code in self._groups)
-        if x and y:
-            self._driver.launch(
-                self._program, (x, y), self._threads,
-                [buffers[n] for n in self._buffers], [sizes[n] for n in self._sizes],
-            )  # fmt: skip
+        if not x or not y:
+            return lambda: None
+        given = [self._buffer(one, buffers, sizes) for one in self._buffers]
+        numbers = [sizes[n] for n in self._sizes]
+        return lambda: self._driver.launch(self._program, (x, y), self._threads, given, numbers)
+
+    def _buffer(
+        self, one: Argument, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]
+    ) -> Buffer:
+        """What was given, or memory that nobody else uses."""
+        if one.name in buffers:
+            return buffers[one.name]
+        if one.role == "scratch":
+            return self._driver.empty(self._nbytes(one, sizes))
+        if one.role == "zero":
+            return self._driver.upload(np.zeros(self._nbytes(one, sizes), np.uint8))
+        raise KeyError(one.name)
+
+    def _nbytes(self, one: Argument, sizes: Mapping[str, int]) -> int:
+        known = {**self._known, **sizes}
+        counts = (eval(code, {"min": min}, known) for code in self._shapes[one.name])
+        return int(math.prod(counts)) * _ITEM_BYTES[one.dtype]
+
+    def results(
+        self, sizes: Mapping[str, int], roles: tuple[str, ...] = ("out",)
+    ) -> dict[str, Buffer]:
+        """Buffers for all that the kernel gives back; with "scratch", for what it leaves there."""
+        return {
+            one.name: self._driver.empty(self._nbytes(one, sizes))
+            for one in self._buffers
+            if one.role in roles
+        }
 
 
 class DeviceRuntime:
@@ -111,6 +166,12 @@ class DeviceRuntime:
     def capabilities(self) -> Capabilities:
         """What configurations may count on here."""
         raise NotImplementedError
+
+    def timed(self, call: Callable[[], None]) -> float | None:
+        """Seconds that the device spends on what `call` launches; None, without a call, where it
+        does not say."""
+        driver = self.driver()
+        return driver.timed(call) if isinstance(driver, Timed) else None
 
     def launcher(self, kernel: Kernel) -> Launcher:
         """The kernel, compiled once."""
@@ -205,24 +266,34 @@ class DeviceRuntime:
         scale = np.empty((m, k // fmt.block), np.float32)
         sums = np.empty((m, k // fmt.group), np.float32)
         for start, stop in self._windows(m, 4 * k):
-            buffers = self._quantized(kernel, driver.upload(x[start:stop]), stop - start, k)
+            buffers = self._made(
+                kernel, {"x": driver.upload(x[start:stop])}, {"M": stop - start, "K": k}
+            )
             for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
                 driver.download(buffers[name], array[start:stop])
         return Activations(q, scale, sums)
 
-    def _quantized(self, kernel: Kernel, x: Buffer, m: int, k: int) -> dict[str, Buffer]:
-        empty, fmt = self.driver().empty, kernel.format
-        buffers = {
-            "x": x, "xq": empty(m * k), "xd": empty(4 * m * k // fmt.block),
-            "xs": empty(4 * m * k // fmt.group),
-        }  # fmt: skip
-        self.launcher(kernel)(buffers, {"M": m, "K": k})
+    def _made(
+        self, kernel: Kernel, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]
+    ) -> dict[str, Buffer]:
+        """Buffers, and what a kernel makes of them."""
+        launcher = self.launcher(kernel)
+        found = {**buffers, **launcher.results(sizes)}
+        launcher(found, sizes)
+        return found
+
+    def inputs(self, kernel: Kernel, x: Array) -> dict[str, Buffer]:
+        """Activations x, float32 (M, K), in device memory, as the kernel takes them: after all
+        kernels that it needs."""
+        m, k = x.shape
+        buffers: dict[str, Buffer] = {"x": self.driver().upload(x)}
+        for first in kernel.needs.values():
+            buffers = self._made(first, buffers, {"M": m, "K": k})
         return buffers
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
         """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
         launcher, driver = self.launcher(kernel), self.driver()
-        quantize = kernel.needs.get("quantize")
 
         def launch(x: Array, piece: Piece, buffers: Mapping[str, Buffer]) -> Buffer:
             (m, k), n = x.shape, piece.stop - piece.start
@@ -237,9 +308,7 @@ class DeviceRuntime:
             widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
             for start, stop in self._windows(len(x), 4 * widest):
                 rows, part = x[start:stop], y[start:stop]
-                buffers = {"x": driver.upload(rows)}
-                if quantize is not None:
-                    buffers = self._quantized(quantize, buffers["x"], *rows.shape)
+                buffers = self.inputs(kernel, rows)
                 outs = [launch(rows, piece, buffers) for piece in pieces]
                 if len(pieces) == 1:
                     driver.download(outs[0], part)
@@ -251,6 +320,89 @@ class DeviceRuntime:
 
         return run
 
+    def attention(
+        self, kernel: Kernel
+    ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
+        """A function of q, float32 (B, H, T, D), k, v, operands by name, and y, which it fills.
+
+        K and V are kept on the device, as weights are.
+        """
+        launcher, driver, kind = self.launcher(kernel), self.driver(), kernel.subject
+        assert isinstance(kind, Attention)
+        combine = kernel.then.get("attention_combine")
+        add_up = None if combine is None else self.launcher(combine)
+        splits = kernel.config.as_dict()["splits"]
+
+        def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
+            (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
+            if y.size == 0 or s == 0:
+                y[...] = 0
+                return
+            given, strides = _given(driver, kind, operands)
+            # bytes that belong to one head of K and V
+            rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
+            widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
+            for batches, heads in self._shares(b, hk, widest):
+                part = (batches, slice(heads.start * (h // hk), heads.stop * (h // hk)))
+                sizes = dict(zip(("B", "H", "T"), q[part].shape, strict=False))
+                sizes |= {"HK": heads.stop - heads.start, "S": s, **strides}
+                sizes |= {"B0": part[0].start, "H0": part[1].start, "SPLITS": splits}
+                buffers = {**given, "q": driver.upload(q[part]), **launcher.results(sizes)}
+                buffers |= {"k": self._held(k, batches, heads), "v": self._held(v, batches, heads)}
+                if add_up:
+                    buffers |= launcher.results(sizes, ("scratch",))
+                launcher(buffers, sizes)
+                if add_up:
+                    add_up(buffers, sizes)
+                if y[part].flags.c_contiguous:
+                    driver.download(buffers["y"], y[part])
+                else:
+                    found = np.empty(y[part].shape, np.float32)
+                    driver.download(buffers["y"], found)
+                    y[part] = found
+
+        return run
+
+    def _shares(self, batches: int, heads: int, nbytes: int) -> Iterator[tuple[slice, slice]]:
+        """Ranges of batches and heads of K and V of which each fits a buffer, where each of these
+        heads takes so many bytes."""
+        most = self.driver().largest // nbytes
+        if not most:
+            raise TargetError(
+                f"a head of {nbytes} bytes does not fit a buffer of target {self.name}, which"
+                f" holds {self.driver().largest} bytes; use another target"
+            )
+        step_b, step_h = max(1, min(batches, most // heads)), min(heads, most)
+        for b in range(0, batches, step_b):
+            for h in range(0, heads, step_h):
+                yield slice(b, min(b + step_b, batches)), slice(h, min(h + step_h, heads))
+
+    def _held(self, w: Weights, batches: slice, heads: slice) -> Buffer:
+        """Some heads of K or V in device memory; kept in w.prepared."""
+        place = (batches.start, batches.stop, heads.start, heads.stop)
+        key = (self.name, self.driver().key(), place)
+        with self._lock:
+            found = w.prepared.get(key)
+            if found is None:
+                found = w.prepared[key] = self.driver().upload(w.data[batches, heads])
+        return found
+
+
+def _given(
+    driver: Driver, kind: Attention, operands: Mapping[str, Array]
+) -> tuple[dict[str, Buffer], dict[str, int]]:
+    """Arrays that score and mask read, in device memory, and how many elements an index skips."""
+    buffers, strides = {}, {}
+    if kind.sinks:
+        buffers["sinks"] = driver.upload(np.asarray(operands["sinks"], np.float32))
+    for one in kind.operands:
+        dtype = np.float32 if one.dtype == "f32" else np.int32
+        array = np.ascontiguousarray(operands[one.name], dtype)
+        buffers[one.name] = driver.upload(array)
+        for name, size, stride in zip(one.strides, array.shape, array.strides, strict=True):
+            strides[name] = stride // array.itemsize if size > 1 else 0
+    return buffers, strides
+
 
 def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> CompileError:
     """The error for a driver that does not take a kernel: what it says, and the line of source
@@ -260,6 +412,6 @@ def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> Compil
     if line is not None and 0 < line <= len(lines):
         text += f" at line {line}: {lines[line - 1].strip()}"
     return CompileError(
-        f"{who} rejected {kernel.op} {kernel.format.name}"
+        f"{who} rejected {kernel.op} {kernel.subject.name}"
         f" ({', '.join(f'{k}={v}' for k, v in kernel.config.as_dict().items())}): {text}"
     )

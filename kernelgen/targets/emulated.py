@@ -22,12 +22,12 @@ class EmulatorDriver:
 
     largest = 2**32 - 4
 
-    def __init__(self, language: str) -> None:
-        self._language = language
+    def __init__(self, language: str, subgroup: int = 32) -> None:
+        self.language, self._subgroup = language, subgroup
 
     def key(self) -> Hashable:
-        """The language: there is one emulator."""
-        return self._language
+        """The language, and the threads of a subgroup: there is one emulator."""
+        return self.language, self._subgroup
 
     def upload(self, array: Array) -> Buffer:
         """A copy of the bytes."""
@@ -46,9 +46,13 @@ class EmulatorDriver:
         from kernelgen.emulator import Emulator, EmulatorError
 
         try:
-            return Emulator(kernel.source, self._language, name=kernel.entry), kernel.entry
+            made = Emulator(
+                kernel.source, self.language, name=kernel.entry, subgroup=self._subgroup
+            )
         except EmulatorError as error:
-            raise CompileError(f"{kernel.op} {kernel.format.name}: {error}") from error
+            raise CompileError(f"{kernel.op} {kernel.subject.name}: {error}") from error
+        launch = kernel.walk.launch(kernel.config, kernel.subject)
+        return made, kernel.entry, launch.shared_bytes if launch else 0
 
     def launch(
         self,
@@ -61,9 +65,10 @@ class EmulatorDriver:
         """Run a grid in both orders."""
         from kernelgen.emulator import EmulatorError
 
-        emulator, entry = program
+        emulator, entry, shared_bytes = program
         try:
-            report = emulator.run(entry, groups, threads, [*buffers, *sizes])
+            arguments = [*buffers, *sizes]
+            report = emulator.run(entry, groups, threads, arguments, shared_bytes=shared_bytes)
         except EmulatorError as error:
             raise CompileError(f"{entry} cannot be emulated: {error}") from error
         if not report.ok:
@@ -75,12 +80,14 @@ class EmulatorDriver:
 
 
 class EmulatedRuntime(DeviceRuntime):
-    """A target's kernels in the emulator of its language."""
+    """A target's kernels in the emulator of its language; `subgroup`: threads of a subgroup."""
 
-    def __init__(self, name: str, language: str, capabilities: Capabilities) -> None:
+    def __init__(
+        self, name: str, language: str, capabilities: Capabilities, subgroup: int = 32
+    ) -> None:
         super().__init__()
         self.name = f"{name}:emulated"
-        self._driver = EmulatorDriver(language)
+        self._driver = EmulatorDriver(language, subgroup)
         self._capabilities = capabilities
 
     def how(self) -> str:
@@ -89,13 +96,9 @@ class EmulatedRuntime(DeviceRuntime):
 
     def available(self) -> str | None:
         """Why kernels cannot be emulated here, or None."""
-        from kernelgen.emulator.compiler import EmulatorError, cxx
+        from kernelgen.emulator.languages import missing
 
-        try:
-            cxx()
-        except EmulatorError as error:
-            return str(error)
-        return None
+        return missing(self._driver.language)
 
     def driver(self) -> EmulatorDriver:
         """The emulator."""

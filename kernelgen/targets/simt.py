@@ -7,14 +7,14 @@ The templates are in templates/simt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from kernelgen.config import (
     Config,
     DotMatvecConfig,
     DotTileConfig,
-    FloatTileConfig,
+    HalfTileConfig,
     MatvecConfig,
     ThreadsConfig,
     TileConfig,
@@ -73,16 +73,24 @@ def table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
 
 
 _SIZES = ("M", "N", "K")
-_SYMBOLS = {
+#: what the names in shapes mean
+SYMBOLS = {
     "ROW_BYTES": "K // block * block_bytes",
     "BLOCKS": "K // block",
     "GROUPS": "K // group",
     "WORDS": "K // 4",
 }
-_W = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
+WEIGHTS = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
+#: quantized activations, as an op takes them
+QUANTIZED = (
+    Argument("xq", "in", "u32", ("M", "WORDS")),
+    Argument("xd", "in", "f32", ("M", "BLOCKS")),
+    Argument("xs", "in", "f32", ("M", "GROUPS")),
+)
 
 
-def _sizes(*names: str) -> tuple[Argument, ...]:
+def sizes(*names: str) -> tuple[Argument, ...]:
+    """Arguments that are sizes."""
     return tuple(Argument(name, "size", "u32") for name in names)
 
 
@@ -100,6 +108,12 @@ def _steps(fmt: BlockFormat, config: Config) -> MemorySteps:
 def chunk(fmt: BlockFormat) -> int:
     """Elements along k that an integer tile takes at once: all in one group, at most 32."""
     return math.gcd(fmt.group, 32)
+
+
+def span(config: TileConfig, fmt: BlockFormat, words: int) -> int:
+    """Words of a row that a thread decodes for a tile of `words` words a row: as many as leave work
+    for all threads, as what they share, such as a scale, is then decoded once."""
+    return max(1, min(chunk(fmt) // 4, config.tile_n * words // config.threads))
 
 
 def _tile_launch(config: Config, fmt: BlockFormat) -> Launch:
@@ -128,23 +142,16 @@ def _quantize_launch(config: Config, fmt: BlockFormat) -> Launch:
 
 
 def _matmul(op: str, precision: str, template: str, config: type[Config], launch: Any) -> Walk:
-    inputs = (
-        (Argument("x", "in", "f32", ("M", "K")),)
-        if precision == "fp32"
-        else (
-            Argument("xq", "in", "u32", ("M", "WORDS")),
-            Argument("xd", "in", "f32", ("M", "BLOCKS")),
-            Argument("xs", "in", "f32", ("M", "GROUPS")),
-        )
-    )
+    inputs = QUANTIZED if precision == "int8" else (Argument("x", "in", "f32", ("M", "K")),)
     return Walk(
         name=f"{op}_{precision}",
         op=op,
         precision=precision,
         template=template,
         config=config,
-        arguments=(_W, *inputs, Argument("y", "out", "f32", ("M", "N")), *_sizes(*_SIZES)),
-        symbols=_SYMBOLS,
+        arguments=(WEIGHTS, *inputs, Argument("y", "out", "f32", ("M", "N")), *sizes(*_SIZES)),
+        symbols=SYMBOLS,
+        features=("fp16",) if precision == "fp16" else (),
         applies=integer_codes if precision == "int8" else lambda fmt: None,
         steps=_steps,
         launch=launch,
@@ -162,13 +169,13 @@ def walks() -> tuple[Walk, ...]:
             template="get_rows.j2",
             config=ThreadsConfig,
             arguments=(
-                _W,
+                WEIGHTS,
                 *((Argument("ids", "in", "u32", ("ROWS",)),) if op == "get_rows" else ()),
                 Argument("y", "out", "f32", ("ROWS", "K")),
                 # of all N rows, decode ROWS from START on, as a result may have to come in pieces
-                *_sizes(*(("START",) if op == "dequantize" else ()), "ROWS", "N", "K"),
+                *sizes(*(("START",) if op == "dequantize" else ()), "ROWS", "N", "K"),
             ),
-            symbols=_SYMBOLS,
+            symbols=SYMBOLS,
             contract=False,
             steps=_steps,
             launch=_rows_launch,
@@ -187,19 +194,20 @@ def walks() -> tuple[Walk, ...]:
                 Argument("xq", "out", "u32", ("M", "WORDS")),
                 Argument("xd", "out", "f32", ("M", "BLOCKS")),
                 Argument("xs", "out", "f32", ("M", "GROUPS")),
-                *_sizes("M", "K"),
+                *sizes("M", "K"),
             ),
-            symbols=_SYMBOLS,
+            symbols=SYMBOLS,
             applies=integer_codes,
             contract=False,
             steps=_steps,
             launch=_quantize_launch,
         )
     )
-    configs = (("int8", DotMatvecConfig, DotTileConfig), ("fp32", MatvecConfig, FloatTileConfig))
-    for precision, vector, tile in configs:
-        result.append(_matmul("matvec", precision, "matvec.j2", vector, _matvec_launch))
-        result.append(_matmul("matmul", precision, f"matmul_{precision}.j2", tile, _tile_launch))
+    for precision, config in (("int8", DotMatvecConfig), ("fp32", MatvecConfig)):
+        result.append(_matmul("matvec", precision, "matvec.j2", config, _matvec_launch))
+    result.append(_matmul("matmul", "int8", "matmul_int8.j2", DotTileConfig, _tile_launch))
+    for precision, tile in (("fp32", TileConfig), ("fp16", HalfTileConfig)):
+        result.append(_matmul("matmul", precision, "matmul_float.j2", tile, _tile_launch))
     return tuple(result)
 
 
@@ -234,9 +242,20 @@ def wide(value: str, dtype: str) -> str:
     return f"from_half({value})" if dtype == "f16" else value
 
 
+def each(indent: int, count: int | Iterable[int], text: str) -> str:
+    """Statements: `text` for # = 0, 1, ... or other numbers, as many in a line as fit it."""
+    lines = [""]
+    for n in range(count) if isinstance(count, int) else count:
+        one = text.replace("#", str(n))
+        if lines[-1] and indent + len(lines[-1]) + 1 + len(one) > 100:
+            lines.append("")
+        lines[-1] += " " * bool(lines[-1]) + one
+    return "\n".join(" " * indent + line for line in lines)
+
+
 def template_globals(words: Words) -> dict[str, Any]:
     """What the templates may call, beside the printer."""
     names = ("constant", "table", "kernel", "let", "var", "array", "repeat", "barrier")
     return {name: getattr(words, name) for name in names} | {
-        "byte": byte, "chunk": chunk, "narrow": narrow, "wide": wide,
+        "byte": byte, "chunk": chunk, "each": each, "narrow": narrow, "span": span, "wide": wide,
     }  # fmt: skip

@@ -27,10 +27,10 @@ from kernelgen.tuner.device import Device
 log = logging.getLogger("kernelgen")
 
 #: of the lines that are written; lines of this and all earlier versions are read
-VERSION = 2
+VERSION = 3
 
 #: what an entry of version 1 lacked, with what it meant
-_SINCE_2 = {"objective": "time", "provenance": []}
+_SINCE_2: dict[str, Any] = {"provenance": []}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class Key:
     m, n, k                the shape that was measured
     hash                   of the IR's steps and the walk's template: an entry with another than
                            today's is about another kernel, and is not used
-    objective              what was minimized: "time"
+    objective              what was minimized: "time" or "energy"
+    max_error              the largest RMS error that was asked for; None where it was left to the
+                           precision, as before version 3.  An entry answers only the question that
+                           was asked: one found under a wider gate may err too much, and one found
+                           under a narrower gate is slower than it need be
     """
 
     op: str
@@ -55,6 +59,7 @@ class Key:
     device: Device
     hash: str
     objective: str = "time"
+    max_error: float | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,6 +89,9 @@ class Entry:
     spent               seconds that the study took
     versions            of what was used
     time, host          when and where, UTC
+    clock               "device" where seconds are those of its launches, by its own events, "wall"
+                        where they are those of a call, copies to and from the device included
+    joules              energy of a call, where there was a meter
     provenance          files that it came through, oldest first
     """
 
@@ -107,14 +115,18 @@ class Entry:
     time: str = ""
     host: str = ""
     provenance: tuple[str, ...] = ()
+    clock: str = "wall"
+    joules: float | None = None
 
     __hash__ = None  # type: ignore[assignment]  # it holds dictionaries
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than the default, measured in the same run."""
-        before = self.baseline.get("seconds")
-        return float(before) / self.seconds if before else None
+        """How many times better than the default, measured in the same run."""
+        energy = self.key.objective == "energy"
+        before = self.baseline.get("joules" if energy else "seconds")
+        now = self.joules if energy else self.seconds
+        return float(before) / now if before and now else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: a line of the file."""

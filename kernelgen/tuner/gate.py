@@ -15,7 +15,7 @@ from kernelgen.errors import FormatError
 from kernelgen.generate import generate
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import matmul
-from kernelgen.problem import MATVEC_ROWS, relative_error, tolerance
+from kernelgen.problem import MATVEC_ROWS, relative_error, rounded, tolerance
 from kernelgen.targets.base import Kernel, Runtime, Target
 from kernelgen.tensor import QuantTensor
 
@@ -66,8 +66,10 @@ class Sample:
         return cls(w, x, values, matmul(x, values))
 
     def seen(self, kernel: Kernel, runtime: Runtime, target: Target) -> Array:
-        """What a kernel should give, float64 (M, distinct rows): with the integers that this
-        target makes of the activations, where it makes any."""
+        """What a kernel should give, float64 (M, distinct rows): with the activations rounded as
+        its precision says, and the integers that this target makes of them, where it makes any."""
+        if kernel.precision in ("fp16", "bf16"):
+            return matmul(rounded(self.x, kernel.precision), self.values)
         if kernel.precision != "int8":
             return self.exact
         quantize = generate("quantize", kernel.format, target)
@@ -104,9 +106,9 @@ def judge(
     The bound is what the op may lose by rounding sums in float32 (kernelgen.problem.tolerance);
     `max_error` bounds the RMS error besides, and counts what quantized activations add.
     """
-    bound = tolerance(kernel.op, kernel.config)
+    bound = tolerance(kernel.op, kernel.precision)
     worst = rms = 0.0
-    for one in (*_ragged(kernel), sample):
+    for one in (*ragged(kernel), sample):
         m, n = len(one.x), one.w.shape[0]
         y = np.full((m, n), np.nan, np.float32)  # what is not written stays visible
         run(one.x, one.w, y)
@@ -131,7 +133,8 @@ def judge(
     return Verdict(worst, bound, rms)
 
 
-def _ragged(kernel: Kernel) -> tuple[Sample, ...]:
+def ragged(kernel: Kernel) -> tuple[Sample, ...]:
+    """Small inputs that no tile divides."""
     fmt = kernel.format
     rows = (1, 3, MATVEC_ROWS) if kernel.op == "matvec" else (MATVEC_ROWS + 1, 21)
     return tuple(_small(fmt, m, n, 3 * fmt.block) for m, n in zip(rows, (37, 5, 64), strict=False))

@@ -33,9 +33,13 @@ def load(path: Path) -> tuple[list[Entry], list[str]]:
     return found, wrong
 
 
-def export(path: Path, entries: Iterable[Entry]) -> int:
-    """Write entries to a file that others can import; how many they were."""
+def export(path: Path, entries: Iterable[Entry], preset: bool = False) -> int:
+    """Write entries to a file that others can import; how many they were.  A preset says nothing
+    about the machine but its device, and lacks what only people would read."""
     chosen = list(entries)
+    if preset:
+        bare = {"host": "", "provenance": (), "samples": (), "front": (), "runner_up": None}
+        chosen = [dataclasses.replace(one, **bare) for one in chosen]  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(cache.dumps(one) + "\n" for one in chosen), encoding="utf-8")
     return len(chosen)

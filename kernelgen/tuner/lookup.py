@@ -118,8 +118,8 @@ def _later(entry: Entry) -> tuple[int, ...]:
 def _far(target: Target, problem: Problem, entry: Entry) -> float | None:
     """The distance of an entry's shape; None where it is about something else."""
     key = entry.key
-    if (key.target, key.op, key.format, key.objective) != (
-        target.name, problem.op, problem.fmt.name, "time"
+    if (key.target, key.op, key.format, key.objective, key.max_error) != (
+        target.name, problem.op, problem.fmt.name, problem.objective, problem.max_error
     ):  # fmt: skip
         return None
     # an "auto" study whose winner computes in a precision is the best of that precision, too
@@ -143,7 +143,7 @@ def _still(
         candidate = Candidate(one, one.config.from_dict(entry.config))
     except (ConfigError, TypeError) as error:
         return None, f"its configuration is none any more: {error}"
-    return candidate, space.refusal(candidate, caps)
+    return candidate, space.refusal(candidate, problem.fmt, caps)
 
 
 def choose(
@@ -152,10 +152,11 @@ def choose(
     fmt: BlockFormat,
     precision: str,
     shape: tuple[int, int, int],
+    max_error: float | None = None,
 ) -> Choice:
     """What serves a problem.  Raises TuningError on a miss where KERNELGEN_REQUIRE_TUNED is set."""
     m, n, k = shape
-    return choose_for(target, runtime, Problem(fmt, m, max(n, 1), k, precision))
+    return choose_for(target, runtime, Problem(fmt, m, max(n, 1), k, precision, max_error))
 
 
 def choose_for(target: Target, runtime: Runtime, problem: Problem) -> Choice:

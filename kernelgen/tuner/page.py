@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kernelgen.tuner import space
 from kernelgen.tuner.measure import FAILED, OK
-from kernelgen.tuner.study import Report
+from kernelgen.tuner.report import Report, amount
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -41,10 +41,11 @@ def write(path: Path, reports: Iterable[tuple[str, Report]]) -> None:
 
 
 def _section(target: str, one: Report) -> str:
+    goal = one.problem.objective
     facts = [
         ("device", str(one.device)),
-        ("default", f"{one.default}, {_ms(one.default_seconds)}"),
-        ("best", f"{one.best or 'nothing passed'}, {_ms(one.seconds)}"),
+        ("default", f"{one.default}, {amount(one.default_cost, goal, 'unknown')}"),
+        ("best", f"{one.best or 'nothing passed'}, {amount(one.cost, goal, 'unknown')}"),
         ("ratio", f"{one.ratio:.2f}" if one.ratio else "unknown"),
         ("tried", f"{len(one.trials)} of {len(one.space.legal)}, {len(one.failures)} failed"),
         ("ended", f"{one.stopped}, after {one.spent:.1f} s"),
@@ -59,7 +60,8 @@ def _section(target: str, one: Report) -> str:
 
 def _history(one: Report) -> str:
     """Times of trials in their order, the best so far, and the roofline."""
-    times = [o.seconds if o.status != FAILED else None for _, o in one.trials]
+    goal = one.problem.objective
+    times = [o.cost(goal) if o.status != FAILED else None for _, o in one.trials]
     known = [t for t in times if t is not None] + ([one.roofline] if one.roofline else [])
     if not known:
         return "<p>No trial passed.</p>"
@@ -75,7 +77,7 @@ def _history(one: Report) -> str:
     path: list[str] = []
     best = math.inf
     for n, ((candidate, outcome), t) in enumerate(zip(one.trials, times, strict=True)):
-        said = f"{candidate}: {_ms(t) if t is not None else outcome.reason}"
+        said = f"{candidate}: {amount(t, goal) if t is not None else outcome.reason}"
         place = y(t) if t is not None else _HEIGHT - _BOTTOM
         kind = "trial" if t is not None else "failed"
         marks.append(
@@ -92,10 +94,10 @@ def _history(one: Report) -> str:
         at = y(one.roofline)
         roof = (
             f'<line class="roof" x1="{_LEFT}" x2="{_WIDTH}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            f'<text x="{_LEFT + 4}" y="{at - 4:.1f}">roofline {_ms(one.roofline)}</text>'
+            f'<text x="{_LEFT + 4}" y="{at - 4:.1f}">roofline {amount(one.roofline)}</text>'
         )
     labels = "".join(
-        f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{_ms(t)}</text>'
+        f'<text x="{_LEFT - 6}" y="{y(t) + 4:.1f}" text-anchor="end">{amount(t, goal)}</text>'
         for t in (min(known), max(known))
     )
     base = _HEIGHT - _BOTTOM
@@ -108,9 +110,9 @@ def _history(one: Report) -> str:
 
 
 def importance(one: Report) -> dict[str, float]:
-    """How much of the variance of log time each parameter explains alone, 0 to 1."""
+    """How much of the variance of the logarithm of cost each parameter explains alone, 0 to 1."""
     done = [
-        (space.values_of(one.space, c), math.log(o.seconds))
+        (space.values_of(c), math.log(o.cost(one.problem.objective)))
         for c, o in one.trials
         if o.status != FAILED
     ]
@@ -137,16 +139,17 @@ def _importance(one: Report) -> str:
     ]
     if not rows:
         return "<p>Too few trials to say.</p>"
-    head = "<tr><th>parameter<th>share of the variance of time that it explains alone<th>"
+    head = "<tr><th>parameter<th>share of the variance that it explains alone<th>"
     return f"<table>{head}{''.join(rows)}</table>"
 
 
 def _front(one: Report) -> str:
+    goal = one.problem.objective
     rows = [
-        (_ms(outcome.seconds), f"{outcome.rms_error:.2g}", str(candidate))
+        (amount(outcome.cost(goal), goal), f"{outcome.rms_error:.2g}", str(candidate))
         for candidate, outcome in one.front()
     ]
-    return _table(("time", "RMS error", "configuration"), rows) if rows else "<p>None passed.</p>"
+    return _table((goal, "RMS error", "configuration"), rows) if rows else "<p>None passed.</p>"
 
 
 def _failures(one: Report) -> str:
@@ -162,7 +165,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _text(value: str) -> str:
     return html.escape(value)
-
-
-def _ms(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{seconds * 1e3:.3f} ms"

@@ -5,7 +5,9 @@ A file has JSON lines: one with the problem, then one for each trial.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ class Recorder:
         self.path = path
         if not path.exists() or not path.stat().st_size:
             self._write({"problem": about})
+        elif not path.read_bytes().endswith(b"\n"):  # a crash tore the last line
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")
 
     def add(self, candidate: Candidate, outcome: Outcome) -> None:
         """One trial."""
@@ -42,9 +47,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Outcome]]:
             if "problem" in data:
                 about = data["problem"]
                 continue
-            known = dict(data["outcome"])
-            known["samples"], known["against"] = tuple(known["samples"]), tuple(known["against"])
-            outcomes[json.dumps(data["candidate"], sort_keys=True)] = Outcome(**known)
+            outcome = Outcome.from_dict(data["outcome"])
+            outcomes[json.dumps(data["candidate"], sort_keys=True)] = outcome
         except (KeyError, TypeError) as error:
             raise FileError(f"{path}:{number} is no recorded trial ({error})") from None
     return about, outcomes
@@ -68,7 +72,7 @@ class Replay:
         self.asked: list[str] = []
         self._bytes_per_s = bytes_per_s
 
-    def prepare(self, problem: Problem) -> None:
+    def prepare(self, problem: Problem, end: float = math.inf) -> None:
         """Nothing."""
 
     def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
@@ -77,7 +81,7 @@ class Replay:
 
     def measure(
         self, candidate: Candidate, against: Candidate | None, *, seconds: float, limit: float,
-        max_error: float | None = None, prune: bool = True, expect: float | None = None,
+        prune: bool = True, expect: float | None = None,
     ) -> Outcome:  # fmt: skip
         """What was recorded; beside what it is to be timed with, where that was recorded too."""
         self.asked.append(candidate.id)
@@ -87,8 +91,7 @@ class Replay:
         other = self.outcomes.get(against.id) if against else None
         if found.status == FAILED or other is None or other.status == FAILED:
             return found
-        about = (found.error, found.bound, found.rms_error)
-        return Outcome(found.status, None, None, found.samples, other.samples, *about)
+        return dataclasses.replace(found, against=other.samples, joules_against=other.joules)
 
     def bandwidth(self) -> float | None:
         """As recorded."""

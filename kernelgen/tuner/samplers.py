@@ -1,26 +1,27 @@
-"""Optuna's samplers by the names that users say, and how candidates are parameters there."""
+"""Samplers by the names that users say, and how candidates are parameters in Optuna's studies."""
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kernelgen.errors import TuningError
 from kernelgen.tuner import space
+from kernelgen.tuner.pickers import PICKERS
 from kernelgen.tuner.space import Candidate, Space
 
-DEFAULT = "tpe"
-NAMES = ("tpe", "gp", "cmaes", "nsga2", "qmc", "random", "greedy")
+DEFAULT = "model"
+#: those of kernelgen.tuner.pickers, then Optuna's
+NAMES = (*PICKERS, "tpe", "gp", "cmaes", "nsga2", "qmc", "random")
 
 #: random trials before a model is made of them
 _STARTUP = 8
 
 
 def make(name: str, seed: int) -> Any:
-    """An Optuna sampler.  "greedy" is none of Optuna's: the study asks for neighbours itself, and
-    the sampler serves until there is a best."""
+    """An Optuna sampler that can be told what to suggest, by its attribute `told`: as it is for
+    every trial where a picker decides.  Else it suggests what the one of that name does."""
     import optuna
 
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -29,18 +30,47 @@ def make(name: str, seed: int) -> Any:
         "tpe": lambda: samplers.TPESampler(
             seed=seed, n_startup_trials=_STARTUP, multivariate=True, group=True
         ),
-        "gp": lambda: samplers.GPSampler(seed=seed, n_startup_trials=_STARTUP),
+        "gp": lambda: samplers.GPSampler(
+            seed=seed, n_startup_trials=_STARTUP, warn_independent_sampling=False
+        ),
         "cmaes": lambda: samplers.CmaEsSampler(
             seed=seed, n_startup_trials=_STARTUP, warn_independent_sampling=False
         ),
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=10),
         "qmc": lambda: samplers.QMCSampler(seed=seed, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
-        "greedy": lambda: samplers.RandomSampler(seed=seed),
     }
-    if name not in makers:
+    if name not in NAMES:
         raise TuningError(f"sampler {name!r} was asked for; known are {', '.join(NAMES)}")
-    return makers[name]()
+    inner = makers.get(name, makers["random"])()
+
+    class Told(samplers.BaseSampler):
+        """Suggests `told` where that is set."""
+
+        told: Mapping[str, Any] | None = None
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            if self.told is not None:
+                return {}
+            return inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            if self.told is not None:
+                return {}
+            return inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, name: str, among: Any) -> Any:
+            if self.told is not None:
+                return self.told[name]
+            return inner.sample_independent(study, trial, name, among)
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            inner.before_trial(study, trial)
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            inner.after_trial(study, trial, state, values)
+
+    return Told()
 
 
 class Codec:
@@ -51,9 +81,8 @@ class Codec:
     """
 
     def __init__(self, legal: Space) -> None:
-        self.space = legal
         self._values = space.parameters(legal)
-        self._of = {one.id: space.values_of(legal, one) for one in legal.legal}
+        self._of = {one.id: space.values_of(one) for one in legal.legal}
         self._back = {_frozen(values): legal.by_id[name] for name, values in self._of.items()}
         walks = {one.walk.name: self._of[one.id] for one in legal.legal}
         self._names = {walk: [n for n in values if n != "walk"] for walk, values in walks.items()}
@@ -78,17 +107,6 @@ class Codec:
             ordered = name != "walk" and _ordered(known)
             result[_index(name) if ordered else name] = known.index(value) if ordered else value
         return result
-
-    def neighbours(self, best: Candidate, among: Iterable[Candidate]) -> list[Candidate]:
-        """Those that are nearest to the best."""
-        mine = self._of[best.id]
-        far = {one.id: space.distance(mine, self._of[one.id]) for one in among}
-        nearest = min(far.values(), default=0.0)
-        return [self.space.by_id[name] for name, value in far.items() if value <= nearest]
-
-    def pick(self, best: Candidate | None, among: list[Candidate], rng: random.Random) -> Candidate:
-        """One of the nearest neighbours of the best, or of all where there is no best."""
-        return rng.choice(self.neighbours(best, among) if best else among)
 
 
 def _ordered(values: list[Any]) -> bool:

@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, Protocol
 
 from kernelgen.config import Capabilities, Config
-from kernelgen.errors import ShapeError, TargetError
+from kernelgen.errors import ConfigError, ShapeError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import choose_precision, op_for
+from kernelgen.problem import PRECISIONS, acceptable, choose_precision, op_for
 from kernelgen.targets.base import Target, Walk
+
+#: what may be minimized
+OBJECTIVES = ("time", "energy")
 
 #: rows of activations above which kernels behave alike
 _MOST_ROWS = 4096
@@ -34,16 +37,31 @@ def row_bucket(m: int) -> int:
 @dataclass(frozen=True)
 class Problem:
     """What is tuned: x (M, K) times weights (N, K) of a format, in a precision that is asked for
-    ("fp32", "int8", or "auto", which leaves it open)."""
+    (one of PRECISIONS, of which "auto" leaves it open).
+
+    max_error   RMS error, relative to the result's RMS, that rounded activations included may
+                make; None for what the precision that was asked for stands for
+    objective   what is to be least: one of OBJECTIVES
+    """
 
     fmt: BlockFormat
     m: int
     n: int
     k: int
     precision: str = "auto"
+    max_error: float | None = None
+    objective: str = "time"
 
     def __post_init__(self) -> None:
         choose_precision(self.precision, self.fmt)
+        if self.max_error is not None and not self.max_error > 0:
+            raise ConfigError(
+                f"a largest error of {self.max_error} was asked for; it must be above 0, as 0.01"
+            )
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective {self.objective!r} was asked for; allowed are {', '.join(OBJECTIVES)}"
+            )
         if min(self.m, self.n, self.k) < 1:
             raise ShapeError(f"shape {self.m}x{self.n}x{self.k} was given; M, N and K are above 0")
         self.fmt.row_bytes(self.k)
@@ -59,7 +77,31 @@ class Problem:
         return self.m, self.n, self.k
 
     def __str__(self) -> str:
-        return f"{self.op} {self.fmt.name} {self.m}x{self.n}x{self.k} ({self.precision})"
+        shape, asked = "x".join(map(str, self.shape)), wanted(self)
+        return f"{self.op} {self.fmt.name} {shape} ({asked})"
+
+
+class Wanted(Protocol):
+    """What problems and keys of entries say alike."""
+
+    @property
+    def precision(self) -> str: ...
+
+    @property
+    def max_error(self) -> float | None: ...
+
+    @property
+    def objective(self) -> str: ...
+
+
+def wanted(one: Wanted) -> str:
+    """What was asked for besides op, format and shape, in a few words."""
+    parts = [one.precision]
+    if one.max_error is not None:
+        parts.append(f"error <= {one.max_error:g}")
+    if one.objective != "time":
+        parts.append(f"least {one.objective}")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -81,7 +123,7 @@ class Candidate:
             "config": self.config.as_dict(),
         }  # fmt: skip
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Text that tells it from all others of its problem."""
         return json.dumps(self.as_dict(), sort_keys=True)
@@ -91,37 +133,49 @@ class Candidate:
         return f"{self.walk.name}({values})"
 
 
+def precisions(problem: Problem) -> tuple[str, ...]:
+    """Precisions that may serve a problem, the best guess first.
+
+    "auto" leaves all open that err no more than what it stands for: where that is int8, every
+    other rounds less.  Where it is float32, others do if a largest error was asked for, which the
+    gate holds them to.  "fp16" has to be asked for by name: it has no numbers above 65504, which
+    no sample of activations can rule out.
+    """
+    found = acceptable(problem.precision, problem.fmt)
+    if problem.precision == "auto" and (found[0] != "fp32" or problem.max_error is not None):
+        found = tuple(
+            dict.fromkeys((*found, *(p for p in PRECISIONS if p not in ("auto", "fp16"))))
+        )
+    return found
+
+
 def walks(target: Target, problem: Problem) -> list[Walk]:
-    """Walks that may serve a problem.  "auto" allows float32 as well: it is never less accurate
-    than what "auto" stands for."""
-    stands_for = choose_precision(problem.precision, problem.fmt)
-    allowed = {"", stands_for} | ({"fp32"} if problem.precision == "auto" else set())
+    """Walks that may serve a problem."""
+    stands_for, *others = precisions(problem)
+    allowed = {"", stands_for, *others}
     found = [
         one for one in target.walks
-        if one.op == problem.op and one.precision in allowed and one.applies(problem.fmt) is None
+        if one.op == problem.op and one.precision in allowed and one.accepts(problem.fmt) is None
     ]  # fmt: skip
     if not found:
-        target.walk(problem.op, problem.fmt, stands_for)  # says why
+        target.serve(problem.op, problem.fmt, problem.precision, target.capabilities)  # says why
         raise TargetError(f"target {target.name} has no walk for {problem}")
     # the order of the manifest is that of preference, but what was asked for comes first
     return sorted(found, key=lambda one: one.precision not in ("", stands_for))
 
 
 def default(target: Target, caps: Capabilities, problem: Problem) -> Candidate:
-    """What serves a problem that was never tuned."""
-    one = target.walk(problem.op, problem.fmt, choose_precision(problem.precision, problem.fmt))
-    return Candidate(one, one.config.default(caps, row_bucket(problem.m)))
+    """What serves a problem that was never tuned.  Where a largest error is asked for and nobody
+    measured, "auto" stands for float32."""
+    unsure = problem.precision == "auto" and problem.max_error is not None
+    asked = "fp32" if unsure else problem.precision
+    one = target.serve(problem.op, problem.fmt, asked, caps)
+    return Candidate(one, one.default(problem.fmt, caps, row_bucket(problem.m)))
 
 
-def refusal(candidate: Candidate, caps: Capabilities) -> str | None:
-    """Why a device cannot run a candidate, or None."""
-    lacking = [f for f in candidate.walk.features if f not in caps.features]
-    if lacking:
-        return f"the device lacks {', '.join(lacking)}"
-    if candidate.config.rounding:
-        # no precision stands for it yet, and "auto" must not lose what larger numbers need
-        return "it keeps numbers with fewer bits than was asked for"
-    return candidate.config.legal(caps)
+def refusal(candidate: Candidate, fmt: BlockFormat, caps: Capabilities) -> str | None:
+    """Why a device cannot run a candidate for a format, or None."""
+    return candidate.walk.refuses(candidate.config, fmt, caps)
 
 
 def every(target: Target, problem: Problem) -> Iterator[Candidate]:
@@ -162,7 +216,7 @@ def explore(
     forbidden: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for one in every(target, problem):
-        reason = refusal(one, caps)
+        reason = refusal(one, problem.fmt, caps)
         if only is not None:
             reason = None if one.id in only else "it is not among those given"
         if reason is None:
@@ -176,10 +230,10 @@ def explore(
 
 def parameters(space: Space) -> dict[str, list[Any]]:
     """Names of what is open, with the values that legal candidates have there: "walk", then the
-    fields of configurations, under the name of their class where there is more than one."""
+    fields of configurations, which mean the same in all of them."""
     found: dict[str, dict[Any, None]] = {}
     for one in space.legal:
-        for name, value in values_of(space, one).items():
+        for name, value in values_of(one).items():
             found.setdefault(name, {})[value] = None
     return {
         name: sorted(values) if all(isinstance(v, int) for v in values) else list(values)
@@ -187,24 +241,21 @@ def parameters(space: Space) -> dict[str, list[Any]]:
     }
 
 
-def values_of(space: Space, candidate: Candidate) -> dict[str, Any]:
+def values_of(candidate: Candidate) -> dict[str, Any]:
     """The parameters of a candidate by name."""
-    classes = {type(one.config) for one in space.legal}
-    prefix = f"{type(candidate.config).__name__}." if len(classes) > 1 else ""
-    fields = {prefix + name: value for name, value in candidate.config.as_dict().items()}
-    return {"walk": candidate.walk.name, **fields}
+    return {"walk": candidate.walk.name, **candidate.config.as_dict()}
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """How unlike two candidates are, by their parameters: numbers on a logarithmic scale, other
-    values equal or not."""
+    """How many steps two candidates are apart, by the parameters that both have: numbers on a
+    logarithmic scale, other values equal or not."""
     total = 0.0
-    for name in one.keys() | other.keys():
-        a, b = one.get(name), other.get(name)
+    for name in one.keys() & other.keys():
+        a, b = one[name], other[name]
         if a == b:
             continue
         numbers = isinstance(a, int) and isinstance(b, int) and a > 0 and b > 0
-        total += abs(math.log2(a / b)) if numbers else 1.5  # type: ignore[operator]
+        total += abs(math.log2(a / b)) if numbers else 1.0
     return total
 
 
@@ -217,7 +268,7 @@ def walk_named(target: Target, op: str, name: str) -> Walk | None:
 def walk_hash(one: Walk, fmt: BlockFormat, target: Target) -> str:
     """Hash of all that makes the kernels of a walk for a format: the text of the default one, and
     the files that it includes.  The version of kernelgen alone changes nothing."""
-    kernel = generate_walk(one, fmt, target, one.config.default(target.capabilities))
+    kernel = generate_walk(one, fmt, target)
     text = re.sub(r"Generated by kernelgen \S+ walk.*", "", kernel.source)
     digest = hashlib.sha256(text.replace(kernel.hash, "").encode())
     place = files("kernelgen") / "targets" / target.name

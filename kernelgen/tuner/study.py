@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import platform
-import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,13 +18,12 @@ from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import cache, device, lookup, samplers, space
 from kernelgen.tuner.cache import Entry, Key
 from kernelgen.tuner.measure import FAILED, OK, PRUNED, Measurer, Outcome
+from kernelgen.tuner.pickers import PICKERS, Greedy
 from kernelgen.tuner.replay import Recorder
+from kernelgen.tuner.report import EFFORTS, Options, Report, Status, summary
 from kernelgen.tuner.space import Candidate, Problem
 from kernelgen.tuner.storage import Trials, fastest
 from kernelgen.tuner.worker import from_memory
-
-#: budgets in seconds by name
-EFFORTS = {"quick": 10.0, "normal": 60.0, "full": 600.0}
 
 #: of the budget, kept for measuring the finalists against the default once more
 _RESERVE = 0.2
@@ -47,96 +43,8 @@ _CIRCLES = 12
 #: a candidate may take so many seconds before it is killed, at least and at most
 _PATIENCE = (2.0, 30.0)
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to search.
-
-    budget     seconds for all of it
-    max_error  RMS error that a result may have, besides what rounding allows
-    storage    URL of one of Optuna's storages; None for a journal file in the cache folder, ""
-               for memory
-    resume     whether to go on with the trials of an earlier study
-    write      whether the winner is written to the cache
-    record     whether trials are recorded, for replay
-    trials     most candidates to measure, or None
-    prune      whether candidates that are clearly slower are given up early
-    """
-
-    budget: float = EFFORTS["normal"]
-    sampler: str = samplers.DEFAULT
-    seed: int = 0
-    max_error: float | None = None
-    storage: str | None = None
-    resume: bool = False
-    write: bool = True
-    record: bool = True
-    warm_start: bool = True
-    batch: int = 2
-    trials: int | None = None
-    prune: bool = True
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a study is: times in seconds."""
-
-    problem: Problem
-    tried: int
-    failed: int
-    space: int
-    default: float | None
-    best: float | None
-    roofline: float | None
-    left: float
-    doing: str
-
-
-@dataclass
-class Report:
-    """What a study found.
-
-    trials     candidates and their outcomes, in the order in which they were tried
-    default    the default's seconds, None where it failed
-    best       the winner, None where nothing passed
-    ratio      how many times faster than the default it is, measured in turns
-    stopped    why the study ended
-    """
-
-    problem: Problem
-    device: device.Device
-    space: space.Space
-    default: Candidate
-    default_seconds: float | None = None
-    best: Candidate | None = None
-    seconds: float | None = None
-    ratio: float | None = None
-    roofline: float | None = None
-    stopped: str = ""
-    spent: float = 0.0
-    trials: list[tuple[Candidate, Outcome]] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)
-    entry: Entry | None = None
-    path: str | None = None
-
-    @property
-    def failures(self) -> list[tuple[Candidate, Outcome]]:
-        """Candidates that failed."""
-        return [(c, o) for c, o in self.trials if o.status == FAILED]
-
-    def value(self, candidate: Candidate) -> float | None:
-        """Seconds of a candidate at the pace that the machine had when the study began: each was
-        timed in turns with the best before it, and these ratios are multiplied up."""
-        return self.values.get(candidate.id)
-
-    def front(self) -> list[tuple[Candidate, Outcome]]:
-        """Trials than which no other is both faster and more accurate, the fastest first."""
-        found: list[tuple[Candidate, Outcome]] = []
-        done = [(c, o) for c, o in self.trials if o.status == OK and o.rms_error is not None]
-        for one, outcome in sorted(done, key=lambda pair: pair[1].seconds):
-            if all(outcome.rms_error < o.rms_error for _, o in found):  # type: ignore[operator]
-                found.append((one, outcome))
-        return found
+#: seconds between two looks at what others do
+_POLL = 0.1
 
 
 class Study:
@@ -170,10 +78,15 @@ class Study:
             default = self._space.legal[0]
         self.report = Report(problem, device.of(target, runtime), self._space, default)
         self._hash = space.walk_hash(default.walk, problem.fmt, target)
-        self._rng = random.Random(self.options.seed)
+        picker = PICKERS.get(self.options.sampler)
+        seed = self.options.seed
+        self._picker = picker(self._space, default, seed) if picker else None
+        self._fallback = Greedy(self._space, default, seed)
+        self._queue: list[Candidate] = []
         self._done: dict[str, Outcome] = {}
         self._values = self.report.values
         self._best: Candidate | None = None
+        self._goal = problem.objective
         self._patience = _PATIENCE[1]
         self._recorder: Recorder | None = None
 
@@ -183,7 +96,10 @@ class Study:
         made it closes it."""
         self._begin = time.perf_counter()
         self._end = self._begin + self.options.budget
-        report = self.report
+        report, options = self.report, self.options
+        self._trials = Trials(
+            self._name(), options.storage, options.resume, options.sampler, options.seed
+        )
         try:
             self._set_up()
             self._search()
@@ -192,11 +108,13 @@ class Study:
             report.stopped = "interrupted"
             with contextlib.suppress(KeyboardInterrupt):
                 self._measurer.close()  # in the middle of something
+        finally:
+            self._trials.close()
         report.best = self._best
-        if self._best is not None and report.seconds is None:
-            report.seconds = self._values[self._best.id]
-            if report.default_seconds is not None:
-                report.ratio = report.default_seconds / report.seconds
+        if self._best is not None and report.cost is None:
+            report.cost = self._values[self._best.id]
+            if report.default_cost is not None:
+                report.ratio = report.default_cost / report.cost
         report.spent = time.perf_counter() - self._begin
         if self._best is not None:
             report.entry = self._entry()
@@ -206,43 +124,68 @@ class Study:
 
     # ---- before -------------------------------------------------------------------------------
 
+    def _name(self) -> str:
+        """The study's: processes that give it the same name share trials."""
+        problem, about = self._problem, self.report.device
+        gate = "" if problem.max_error is None else f"error-{problem.max_error:g}"
+        goal = "" if problem.objective == "time" else problem.objective
+        shape = "x".join(map(str, problem.shape))
+        parts = (
+            self._target.name, about.name, about.isa, problem.op, problem.fmt.name,
+            problem.precision, gate, goal, shape, self._hash,
+        )  # fmt: skip
+        return "-".join(filter(None, parts)).replace(" ", "_").replace("/", "_")
+
     def _set_up(self) -> None:
         self._say("making inputs")
-        problem, options = self._problem, self.options
-        self._measurer.prepare(problem)
-        name = "-".join(
-            [self._target.name, self.report.device.name, self.report.device.isa, problem.op,
-             problem.fmt.name, problem.precision, "x".join(map(str, problem.shape)), self._hash]
-        ).replace(" ", "_").replace("/", "_")  # fmt: skip
-        about = {
-            "target": self._target.name, "op": problem.op, "format": problem.fmt.name,
-            "precision": problem.precision, "shape": problem.shape, "hash": self._hash,
-            "device": vars(self.report.device), "space": len(self._space.legal),
-        }  # fmt: skip
-        self._trials = Trials(name, options.storage, options.resume, options.sampler, options.seed)
+        problem, options, about = self._problem, self.options, self.report.device
+        self._measurer.prepare(problem, self._end)
         if options.record:
             stamp = f"{datetime.now(UTC):%Y%m%dT%H%M%S}"
-            place = cache.root() / "trials" / f"{name[:150]}-{stamp}.jsonl"
-            self._recorder = Recorder(place, about)
-        for text, outcome in self._trials.known():
-            if text in self._space.by_id:
-                self._note(self._space.by_id[text], outcome)
-        nbytes = problem.n * problem.fmt.row_bytes(problem.k)
-        if from_memory(nbytes):
-            wide = fastest(self.report.device) or self._bandwidth()
-            self.report.roofline = nbytes / wide if wide else None
-        default = self.report.default
-        if default.id not in self._done:
-            self._measurer.compile([default], _PATIENCE[1])
-            self._try(default, self._trial_of(default), patience=_PATIENCE[1])
-        first = self._done[default.id]
-        if first.status != FAILED:
-            self.report.default_seconds = first.seconds
+            place = cache.root() / "trials" / f"{self._name()[:150]}-{stamp}.jsonl"
+            self._recorder = Recorder(
+                place,
+                {
+                    "target": self._target.name, "op": problem.op, "format": problem.fmt.name,
+                    "precision": problem.precision, "shape": problem.shape, "hash": self._hash,
+                    "max_error": problem.max_error, "device": vars(about),
+                    "space": len(self._space.legal),
+                },
+            )  # fmt: skip
+        self._measure_default()
+        if self._left() > 0:
+            self._find_roofline()
+        if options.warm_start:
+            self._queue = self._neighbours()
+
+    def _measure_default(self) -> None:
+        """First of all, so that there is something to compare with."""
+        default, report = self.report.default, self.report
+        while True:
+            self._learn()
+            if default.id in self._done or self._end <= time.perf_counter():
+                break
+            if default.id in self._trials.elsewhere():
+                time.sleep(_POLL)
+                continue
+            trial = self._trials.ask(self._codec.parameters(default))
+            self._codec.suggest(trial)
+            if self._trials.claim(trial, default.id):
+                self._measurer.compile([default], _PATIENCE[1])
+                self._try(default, trial, self._end)
+        first = self._done.get(default.id)
+        if first is None:
+            report.stopped = "the budget ended before the default was measured: give more"
+        elif first.status != FAILED:
+            report.default_cost = self._values[default.id]
             lo, hi = _PATIENCE
             self._patience = min(hi, max(lo, 3 * first.spent + self._slice))
-        if options.warm_start:
-            for one in self._neighbours():
-                self._trials.enqueue(self._codec.parameters(one))
+
+    def _find_roofline(self) -> None:
+        nbytes = self._problem.n * self._problem.fmt.row_bytes(self._problem.k)
+        if from_memory(nbytes) and self._goal == "time":
+            wide = fastest(self.report.device) or self._bandwidth()
+            self.report.roofline = nbytes / wide if wide else None
 
     def _neighbours(self) -> list[Candidate]:
         """What won in similar problems."""
@@ -268,36 +211,38 @@ class Study:
         return min(0.6, max(0.08, self.options.budget / 60))
 
     def _left(self) -> float:
-        reserve = _RESERVE * self.options.budget
-        return self._end - reserve - time.perf_counter()
+        """Seconds left to search in."""
+        return self._end - _RESERVE * self.options.budget - time.perf_counter()
 
     def _search(self) -> None:
         most = self.options.trials
         while not self._over():
-            batch: list[tuple[Any, Candidate]] = []
+            batch: dict[str, tuple[Any, Candidate]] = {}
             for _ in range(self.options.batch if most is None else 1):
-                picked = self._ask({one.id for _, one in batch})
+                picked = self._ask(batch.keys())
                 if picked is not None:
-                    batch.append(picked)
+                    batch[picked[1].id] = picked
             if not batch:
-                self.report.stopped = "everything was tried"
+                if not self._over():
+                    self.report.stopped = "everything was tried"
                 return
             self._say("compiling")
-            failed = self._measurer.compile(
-                [one for _, one in batch], min(_PATIENCE[1], max(self._left(), 1.0))
-            )
-            for trial, one in batch:
-                if one.id in failed:
-                    if self._left() > 0:
-                        self._tell(trial, one, failed[one.id])
-                elif self._over():
-                    return
+            limit = min(_PATIENCE[1], max(self._left(), 0.3))
+            failed = self._measurer.compile([one for _, one in batch.values()], limit)
+            for trial, one in batch.values():
+                outcome = failed.get(one.id)
+                if self._over() or (outcome is not None and outcome.kind == "late"):
+                    self._trials.skip(trial, "the budget ended")
+                elif outcome is not None:
+                    self._tell(trial, one, outcome)
                 else:
-                    self._try(one, trial)
+                    self._try(one, trial, self._end - _RESERVE * self.options.budget)
 
     def _over(self) -> bool:
         """Whether to stop, and why."""
         report, most = self.report, self.options.trials
+        if report.stopped:
+            return True
         if self._left() <= 0:
             report.stopped = "the budget is spent"
         elif most is not None and len(self._done) >= most:
@@ -320,56 +265,71 @@ class Study:
         """Measured now, and remembered as the device's if no faster one is known."""
         return fastest(self.report.device, self._measurer.bandwidth())
 
-    def _ask(self, taken: set[str]) -> tuple[Any, Candidate] | None:
-        """A trial for a candidate that was not measured yet; None where there is none."""
-        taken = taken | set(self._done) | self._trials.elsewhere()
-        rest = [one for one in self._space.legal if one.id not in taken]
-        if not rest:
-            return None
-        greedy = self.options.sampler == "greedy" and self._best is not None
-        for attempt in itertools.count():
-            # after a while: the sampler goes in circles, as it does where little is left
-            if greedy or attempt >= _CIRCLES:
-                one = self._codec.pick(self._best, rest, self._rng)
-                self._trials.enqueue(self._codec.parameters(one))
-            trial = self._trials.ask()
-            picked = self._codec.suggest(trial)
-            if picked is None:
-                self._trials.skip(trial, "not legal")
-            elif picked.id in taken:
-                known = self._done.get(picked.id)
-                self._trials.repeat(trial, known, self._values.get(picked.id))
-            else:
-                self._trials.start(trial, picked.id)
-                return trial, picked
-            if attempt > 2 * _CIRCLES and time.perf_counter() > self._end:
-                break
+    def _learn(self) -> None:
+        """What was measured before, and what others who share the study have measured since."""
+        for known in self._trials.news():
+            if known.candidate in self._space.by_id and known.candidate not in self._done:
+                self._note(self._space.by_id[known.candidate], known.outcome, known.value)
+
+    def _ask(self, taken: AbstractSet[str]) -> tuple[Any, Candidate] | None:
+        """A trial for a candidate that nobody has measured; None where there is none, or no time.
+        `taken`: what this process is about to measure."""
+        while self._left() > 0:
+            self._learn()
+            elsewhere = self._trials.elsewhere()
+            mine = self._done.keys() | taken
+            rest = [one for one in self._space.legal if one.id not in mine | elsewhere]
+            if rest:
+                trial, picked = self._draw(rest, taken)
+                if self._trials.claim(trial, picked.id):
+                    return trial, picked
+            elif taken or not elsewhere:
+                return None
+            else:  # should they die, what they have is to be measured here
+                self._say("waiting for others")
+                time.sleep(_POLL)
         return None
 
-    def _trial_of(self, one: Candidate) -> Any:
-        """A trial of this very candidate."""
-        self._trials.enqueue(self._codec.parameters(one))
-        while True:
+    def _draw(self, rest: list[Candidate], taken: AbstractSet[str]) -> tuple[Any, Candidate]:
+        """A trial for one of the rest."""
+        among = {one.id for one in rest}
+        queued = next((one for one in self._queue if one.id in among), None)
+        failed = [name for name, o in self._done.items() if o.status == FAILED]
+        if queued is None and self._picker is not None:
+            queued = self._picker.pick(self._values, failed, taken, rest)
+        attempt = 0
+        while queued is None:
             trial = self._trials.ask()
             picked = self._codec.suggest(trial)
-            if picked is not None and picked.id == one.id:
-                self._trials.start(trial, one.id)
-                return trial
-            self._trials.skip(trial, "left from before")
+            if picked is not None and picked.id in among:
+                return trial, picked
+            if picked is None:
+                self._trials.skip(trial, "not legal")
+            else:
+                known = self._done.get(picked.id)
+                self._trials.repeat(trial, known, self._values.get(picked.id))
+            attempt += 1
+            if attempt >= _CIRCLES:  # the sampler goes in circles, as it does where little is left
+                queued = self._fallback.pick(self._values, failed, taken, rest)
+        trial = self._trials.ask(self._codec.parameters(queued))
+        self._codec.suggest(trial)
+        return trial, queued
 
-    def _try(self, one: Candidate, trial: Any, patience: float | None = None) -> None:
+    def _try(self, one: Candidate, trial: Any, end: float) -> None:
+        """Measure a candidate.  After `end` nothing is waited for, and what has not ended by then
+        says nothing."""
         self._say(str(one))
-        # beyond the budget nothing is waited for, and what did not end says nothing
-        left = patience or max(0.3, self._end - time.perf_counter())
-        outcome = self._measurer.measure(
-            one, self._best, seconds=self._slice, limit=min(self._patience, left),
-            max_error=self.options.max_error, prune=self.options.prune,
-            expect=self._values[self._best.id] if self._best else None,
-        )  # fmt: skip
-        if outcome.kind == "hang" and left < self._patience:
-            self._trials.skip(trial, "the budget ended")
+        if not self._trials.alive(trial):
             return
-        self._tell(trial, one, outcome)
+        limit = min(self._patience, max(0.3, end - time.perf_counter()))
+        outcome = self._measurer.measure(
+            one, self._best, seconds=self._slice, limit=limit, prune=self.options.prune,
+            expect=self._values[self._best.id] if self._best and self._goal == "time" else None,
+        )  # fmt: skip
+        if outcome.kind == "late" or (outcome.kind == "hang" and limit < self._patience):
+            self._trials.skip(trial, "the budget ended")
+        else:
+            self._tell(trial, one, outcome)
 
     def _tell(self, trial: Any, one: Candidate, outcome: Outcome) -> None:
         self._note(one, outcome)
@@ -377,15 +337,18 @@ class Study:
         if self._recorder is not None:
             self._recorder.add(one, outcome)
 
-    def _note(self, one: Candidate, outcome: Outcome) -> None:
-        """Remember an outcome, and who is best."""
+    def _note(self, one: Candidate, outcome: Outcome, value: float | None = None) -> None:
+        """Remember an outcome, and who is best; `value`: seconds, where they are known."""
         self._done[one.id] = outcome
         self.report.trials.append((one, outcome))
         if outcome.status == FAILED:
             return
         # relative to the best, which ran in turns with it: the machine may have changed its pace
-        ratio, best = outcome.ratio, self._best
-        value = outcome.seconds if ratio is None or best is None else ratio * self._values[best.id]
+        ratio, best = outcome.ratio(self._goal), self._best
+        if value is None:
+            value = outcome.cost(self._goal)
+            if ratio is not None and best is not None:
+                value = ratio * self._values[best.id]
         self._values[one.id] = value
         if outcome.status == OK and (best is None or value < self._values[best.id]):
             self._best = one
@@ -396,7 +359,7 @@ class Study:
         self._progress(
             Status(
                 self._problem, len(self._done), failed, len(self._space.legal),
-                report.default_seconds, self._values[best.id] if best else None, report.roofline,
+                report.default_cost, self._values[best.id] if best else None, report.roofline,
                 max(0.0, self._end - time.perf_counter()), doing,
             )
         )  # fmt: skip
@@ -412,71 +375,72 @@ class Study:
         partly luck."""
         report, default = self.report, self.report.default
         ranked = [one for one in self._ranked() if one.id != default.id][:_FINALISTS]
-        if report.default_seconds is None or not ranked:
+        if report.default_cost is None or not ranked:
             return
         results: list[tuple[float, Outcome, Candidate]] = []
         for place, one in enumerate(ranked):
             left = self._end - time.perf_counter()
-            if place and left < 0.2:
+            if left < 0.2:
                 break
             self._say(f"final: {one}")
-            share = max(0.15, left / (len(ranked) - place) * 0.7)
+            share = left / (len(ranked) - place) * 0.7
             outcome = self._measurer.measure(
-                one,
-                default,
-                seconds=share,
-                limit=max(share + self._patience, 1.0),
-                max_error=self.options.max_error,
-                prune=False,
+                one, default, seconds=share, limit=share + self._patience, prune=False
             )
-            if outcome.status == OK and outcome.ratio is not None:
-                results.append((outcome.ratio, outcome, one))
+            ratio = outcome.ratio(self._goal) if outcome.status == OK else None
+            if ratio is not None:
+                results.append((ratio, outcome, one))
         if not results:
             return
         ratio, outcome, winner = min(results, key=lambda one: one[0])
-        report.default_seconds = outcome.seconds / ratio
-        if ratio < _WORTH and outcome.faster > _USUALLY:
-            self._best, report.seconds, report.ratio = winner, outcome.seconds, 1 / ratio
+        cost = outcome.cost(self._goal)
+        report.default_cost = cost / ratio
+        if ratio < _WORTH and outcome.better(self._goal) > _USUALLY:
+            self._best, report.cost, report.ratio = winner, cost, 1 / ratio
         else:
-            self._best, report.seconds, report.ratio = default, report.default_seconds, 1.0
+            self._best, report.cost, report.ratio = default, report.default_cost, 1.0
+
+    def _joules(self, outcome: Outcome) -> float | None:
+        if self._goal == "energy":
+            return self.report.cost
+        return outcome.cost("energy") if outcome.joules else None
 
     def _entry(self) -> Entry:
         import optuna
 
         report, best, problem = self.report, self.report.best, self._problem
-        assert best is not None and report.seconds is not None
-        outcome = self._done[best.id]
+        assert best is not None and report.cost is not None
+        outcome, goal = self._done[best.id], self._goal
         key = Key(
             problem.op, problem.fmt.name, problem.precision, self._target.name, *problem.shape,
             report.device, space.walk_hash(best.walk, problem.fmt, self._target),
+            problem.objective, problem.max_error,
         )  # fmt: skip
         second = next((one for one in self._ranked() if one.id != best.id), None)
         return Entry(
-            key, best.walk.name, best.precision, best.config.as_dict(), report.seconds,
-            tuple(outcome.samples[:32]),
-            _said(report.default, report.default_seconds),
-            _said(second, self._values[second.id]) if second else None,
+            key, best.walk.name, best.precision, best.config.as_dict(),
+            report.cost if goal == "time" else outcome.seconds,
+            outcome.samples[:32],
+            _said(report.default, report.default_cost, goal),
+            _said(second, self._values[second.id], goal) if second else None,
             outcome.error, outcome.bound, outcome.rms_error, report.roofline,
-            tuple({**_said(c, o.seconds), "rms_error": o.rms_error} for c, o in report.front()),
+            tuple(
+                {**_said(c, o.cost(goal), goal), "rms_error": o.rms_error}
+                for c, o in report.front()
+            ),
             len(report.trials), len(report.failures), report.spent,
             {"kernelgen": __version__, "python": platform.python_version(),
              **{m.__name__: m.__version__ for m in (np, optuna)}},
             datetime.now(UTC).isoformat(timespec="seconds"), platform.node(),
+            clock=outcome.clock, joules=self._joules(outcome),
         )  # fmt: skip
 
 
-def _said(one: Candidate, seconds: float | None) -> dict[str, Any]:
+def _said(one: Candidate, cost: float | None, goal: str) -> dict[str, Any]:
     return {
         "walk": one.walk.name, "precision": one.precision, "config": one.config.as_dict(),
-        "seconds": seconds,
+        "seconds" if goal == "time" else "joules": cost,
     }  # fmt: skip
-
-
-def summary(reports: Iterable[Report]) -> Mapping[str, Any]:
-    """What a program wants to know of studies: ratios, and their geometric mean."""
-    ratios = {str(r.problem): r.ratio for r in reports if r.ratio}
-    mean = float(np.exp(np.mean(np.log(list(ratios.values()))))) if ratios else None
-    return {"ratios": ratios, "geometric_mean": mean}
 
 
 __all__ = ["EFFORTS", "FAILED", "OK", "PRUNED", "Options", "Report", "Status", "Study", "summary"]

@@ -6,10 +6,12 @@ parent (kernelgen.tuner.measure) lives, and starts another.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib
 import json
 import os
+import pickle
 import queue
 import signal
 import statistics
@@ -23,12 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kernelgen import targets
-from kernelgen.errors import CompileError, KernelgenError, TargetError
+from kernelgen.errors import CompileError, KernelgenError, TargetError, TuningError
 from kernelgen.generate import generate_walk
-from kernelgen.ir import formats
 from kernelgen.targets.base import Kernel, Runtime, Target
 from kernelgen.tensor import QuantTensor
-from kernelgen.tuner import gate, space
+from kernelgen.tuner import energy, gate, space
 
 Array = npt.NDArray[Any]
 
@@ -45,10 +46,16 @@ def from_memory(nbytes: int) -> bool:
 #: seconds of calls one after the other in a turn
 _BURST = 0.004
 
+#: the same where energy counts, in updates of the meter
+_PERIODS = 20
+
+#: seconds and joules of a call
+Burst = tuple[float, float]
+
 #: how much slower than the best a candidate may look while it is still measured, after how many
 #: turns
-_CLEARLY_SLOWER = ((1, 2.0), (3, 1.3), (5, 1.12))
-#: by how many times in its first call
+_CLEARLY_SLOWER = ((2, 2.0), (3, 1.3), (5, 1.12))
+#: by how many times in its first two calls
 _HOPELESS = 4.0
 
 #: the factory of targets that are not made up
@@ -86,11 +93,26 @@ class Worker:
         self._verdicts: dict[str, gate.Verdict] = {}
         self._copies: list[QuantTensor] = []
         self._turn = 0
+        self._meter: energy.Meter | None = None
+        self._least = _BURST
+        self._clock = "wall"
 
-    def problem(self, format: str, m: int, n: int, k: int, precision: str) -> dict[str, Any]:
-        """Make the inputs of a problem, once for all candidates."""
-        fmt = formats.get(format)
-        self._problem = space.Problem(fmt, m, n, k, precision)
+    def problem(
+        self, format: str, m: int, n: int, k: int, precision: str, max_error: float | None = None,
+        objective: str = "time",
+    ) -> dict[str, Any]:  # fmt: skip
+        """Make the inputs of a problem, once for all candidates; the format comes pickled."""
+        fmt = pickle.loads(base64.b64decode(format))
+        self._problem = space.Problem(fmt, m, n, k, precision, max_error, objective)
+        meter = energy.find((self.runtime.describe() or [{}])[0])
+        self._meter = None if isinstance(meter, str) else meter
+        self._least = _BURST
+        if objective == "energy":
+            if isinstance(meter, str):
+                raise TuningError(f"least energy was asked for, but {meter}; tune for time")
+            self._least = max(_BURST, _PERIODS * meter.period)
+        elif self._meter is not None and self._meter.period > _BURST:
+            self._meter = None  # it would miss a burst
         self._runs.clear()
         self._verdicts.clear()
         self._sample = gate.Sample.make(fmt, m, n, k)
@@ -107,6 +129,13 @@ class Worker:
         begin = time.perf_counter()
         self._load(candidate)
         return {"seconds": time.perf_counter() - begin}
+
+    def launch(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a candidate on little: some drivers compile for all processes only then."""
+        _, kernel, run = self._load(candidate)
+        one = gate.ragged(kernel)[0]
+        run(one.x, one.w, np.empty((len(one.x), one.w.shape[0]), np.float32))
+        return {}
 
     def _load(self, candidate: Mapping[str, Any]) -> tuple[str, Kernel, gate.Run]:
         assert self._problem is not None
@@ -126,17 +155,17 @@ class Worker:
         against: Mapping[str, Any] | None = None,
         seconds: float = 0.5,
         rounds: int = 15,
-        max_error: float | None = None,
         prune: bool = True,
         expect: float | None = None,
     ) -> dict[str, Any]:
         """Check a candidate, then time it in turns with another, for about so many seconds;
         `expect`: seconds that a call of the other takes."""
         name, kernel, run = self._load(candidate)
+        assert self._problem is not None
         verdict = self._verdicts.get(name)
         if verdict is None:
             verdict = self._verdicts[name] = gate.judge(
-                kernel, run, self.runtime, self.target, self._sample, max_error
+                kernel, run, self.runtime, self.target, self._sample, self._problem.max_error
             )
         if verdict.kind is not None:
             raise Failure(verdict.kind, verdict.reason or "")
@@ -146,26 +175,43 @@ class Worker:
         run(self._sample.x, self._copies[0], self._out)
         if prune and expect is not None:
             # what is far too slow is not worth a second look, nor that of its rival
-            begin = time.perf_counter()
-            run(self._sample.x, self._copies[-1], self._out)
-            once = time.perf_counter() - begin
+            once = self._once(run)
             if once > _HOPELESS * expect:
-                return {"samples": [once], "against": [expect], "pruned": True, **about}
+                once = min(once, self._once(run))  # the machine may have done something else
+            if once > _HOPELESS * expect:
+                found = {"samples": [once], "against": [expect], "pruned": True}
+                return {**found, "clock": self._clock, **about}
         other = None
         if against is not None:
             _, rival, other = self._load(against)
             for w in self._copies:
                 self.runtime.prepare(rival, w)
             other(self._sample.x, self._copies[0], self._out)
-        mine, theirs, pruned = self._time(run, other, seconds, rounds, prune)
-        return {"samples": mine, "against": theirs, "pruned": pruned, **about}
+        return self._time(run, other, seconds, rounds, prune) | about
+
+    def _once(self, run: gate.Run) -> float:
+        """Seconds of one call with the next copy of the weights: of its launches, where the device
+        says how long they take, else of all of it."""
+        self._turn += 1
+        w = self._copies[self._turn % len(self._copies)]
+        timed = getattr(self.runtime, "timed", None)
+        if timed is not None:
+            found: float | None = timed(lambda: run(self._sample.x, w, self._out))
+            if found is not None:
+                self._clock = "device"
+                return found
+        begin = time.perf_counter()
+        run(self._sample.x, w, self._out)
+        return time.perf_counter() - begin
 
     def _time(
         self, run: gate.Run, other: gate.Run | None, seconds: float, rounds: int, prune: bool
-    ) -> tuple[list[float], list[float], bool]:
-        """Medians of bursts of both, in turns; and whether the first was given up as slower."""
-        mine: list[float] = []
-        theirs: list[float] = []
+    ) -> dict[str, Any]:
+        """Bursts of both, in turns; and whether the first was given up as worse."""
+        mine: list[Burst] = []
+        theirs: list[Burst] = []
+        pruned = False
+        by_energy = self._problem is not None and self._problem.objective == "energy"
         end = time.perf_counter() + seconds
         while len(mine) < rounds and (len(mine) < 3 or time.perf_counter() < end):
             if other is not None and len(mine) % 2 == 0:
@@ -176,23 +222,26 @@ class Worker:
                 if other is not None:
                     theirs.append(self._burst(other))
             if prune and theirs:
-                ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-                if any(len(mine) >= turns and ratio > most for turns, most in _CLEARLY_SLOWER):
-                    return mine, theirs, True
-        return mine, theirs, False
+                pairs = zip(mine, theirs, strict=True)
+                ratio = statistics.median_low(a[by_energy] / (b[by_energy] or 1) for a, b in pairs)
+                pruned = any(len(mine) >= n and ratio > most for n, most in _CLEARLY_SLOWER)
+                if pruned:
+                    break
+        found = {"samples": [t for t, _ in mine], "against": [t for t, _ in theirs]}
+        if self._meter is not None:
+            found |= {"joules": [j for _, j in mine], "joules_against": [j for _, j in theirs]}
+        return {**found, "pruned": pruned, "clock": self._clock}
 
-    def _burst(self, run: gate.Run) -> float:
-        """Median of calls, each with the next copy of the weights."""
+    def _burst(self, run: gate.Run) -> Burst:
+        """Calls, each with the next copy of the weights: the median of their seconds, and the mean
+        of their joules (0 without a meter)."""
         times: list[float] = []
-        x, y, copies = self._sample.x, self._out, self._copies
-        begin = before = time.perf_counter()
-        while not times or before - begin < _BURST:
-            self._turn += 1
-            run(x, copies[self._turn % len(copies)], y)
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-        return statistics.median(times)
+        used = self._meter.joules() if self._meter else 0.0
+        begin = time.perf_counter()
+        while not times or time.perf_counter() - begin < self._least:
+            times.append(self._once(run))
+        used = self._meter.joules() - used if self._meter else 0.0
+        return statistics.median(times), used / len(times)
 
     def bandwidth(self) -> dict[str, Any]:
         """Bytes that can be read from the device's memory in a second; None where that cannot be
@@ -232,6 +281,7 @@ def answer(worker: Worker, request: Mapping[str, Any]) -> dict[str, Any]:
     do: dict[str, Callable[..., dict[str, Any]]] = {
         "problem": worker.problem,
         "compile": worker.compile,
+        "launch": worker.launch,
         "measure": worker.measure,
         "bandwidth": worker.bandwidth,
     }

@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kernelgen.generate import render_index
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.base import Kernel, Weights
 from kernelgen.targets.c.compiler import HEADERS, cache_folder, flags, headers_digest
+from kernelgen.targets.c.runtime import attention_arguments
 
 Array = npt.NDArray[Any]
 
@@ -103,6 +104,15 @@ class ProgramRuntime:
                 counts = m * (k // kernel.format.block) + m * (k // kernel.format.group)
                 given.append(np.empty(m * k + 4 * counts, np.uint8))  # the driver checks the size
             self.call(kernel, *given, m, n, k)
+
+        return run
+
+    def attention(
+        self, kernel: Kernel
+    ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
+        def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
+            arrays, sizes = attention_arguments(kernel, q, k, v, operands)
+            self.call(kernel, q, k.data, v.data, y, *arrays, *sizes)
 
         return run
 

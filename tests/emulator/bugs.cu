@@ -94,7 +94,7 @@ extern "C" __global__ void hang(const float* x, float* y) {
 }
 
 extern "C" __global__ void unknown_instruction(const float* x, float* y) {
-    asm volatile("wgmma.fence.sync.aligned;");  // BUG
+    asm volatile("barrier.cluster.arrive.aligned;");  // BUG
     y[threadIdx.x] = x[threadIdx.x];
 }
 
@@ -123,4 +123,11 @@ extern "C" __global__ void weak_order(const float* x, float* y) {
     __syncwarp();
     float v = __shfl_sync(0xffffffff, x[threadIdx.x], 0);
     y[threadIdx.x] = v + first + tile[threadIdx.x ^ 1];  // BUG
+}
+
+// only one thread of one block is at fault
+extern "C" __global__ void one_of_many(const float* x, float* y) {
+    unsigned i = threadIdx.x;
+    if (blockIdx.x == 2 && blockIdx.y == 1 && threadIdx.x == 37) i += 64;
+    y[threadIdx.x] = x[i];  // BUG
 }

@@ -106,6 +106,92 @@ kernel void softmax(device const float4* x [[buffer(0)]], device bfloat* y [[buf
     if (t == 0) atomic_fetch_add_explicit(done, 1, memory_order_relaxed);
 }
 
+// counts of 64 kinds of values: a threadgroup counts in its own memory, then adds to those of all
+kernel void histogram(device const uchar* x [[buffer(0)]], device atomic_uint* counts [[buffer(1)]],
+                      constant uint& n [[buffer(2)]], uint i [[thread_position_in_grid]],
+                      uint t [[thread_position_in_threadgroup]],
+                      uint threads [[threads_per_grid]]) {
+    threadgroup atomic_uint local[64];
+    if (t < 64) atomic_store_explicit(&local[t], 0u, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (; i < n; i += threads)
+        atomic_fetch_add_explicit(&local[x[i] & 63], 1u, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (t < 64) {
+        const uint count = atomic_load_explicit(&local[t], memory_order_relaxed);
+        atomic_fetch_add_explicit(&counts[t], count, memory_order_relaxed);
+    }
+}
+
+// running sums of each row: shuffles within a simdgroup, the simdgroups' sums by the first of them
+kernel void running_sums(device const int2* x [[buffer(0)]], device int2* y [[buffer(1)]],
+                         uint row [[threadgroup_position_in_grid]],
+                         uint t [[thread_index_in_threadgroup]],
+                         uint threads [[threads_per_threadgroup]],
+                         ushort lane [[thread_index_in_simdgroup]],
+                         ushort sg [[simdgroup_index_in_threadgroup]],
+                         ushort simds [[simdgroups_per_threadgroup]]) {
+    threadgroup int sums[32];
+    const int2 mine = x[row * threads + t];
+    int sum = mine.x + mine.y;
+    for (ushort step = 1; step < 32; step <<= 1) {
+        const int below = simd_shuffle_up(sum, step);
+        sum += select(0, below, lane >= step);
+    }
+    if (lane == 31) sums[sg] = sum;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (sg == 0) {
+        const int other = lane < simds ? sums[lane] : 0;
+        const int before = simd_prefix_exclusive_sum(other);
+        if (lane < simds) sums[lane] = before;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sum += sums[sg];
+    y[row * threads + t] = int2(sum - mine.y, sum);
+}
+
+// c = a b^T of bfloat, 16 x 16 for a simdgroup of its own; the next tiles are loaded by vectors of
+// four while these are multiplied
+kernel void mul_mm_ahead(device const bfloat4* a [[buffer(0)]],
+                         device const bfloat4* b [[buffer(1)]], device float* c [[buffer(2)]],
+                         constant uint2& size [[buffer(3)]],
+                         uint2 tile [[threadgroup_position_in_grid]],
+                         uint lane [[thread_index_in_simdgroup]]) {
+    threadgroup bfloat4 tiles[2][2][64];
+    const uint fours = size.y / 4, from = (lane / 4) * fours + lane % 4;
+    device const bfloat4* rows_a = a + tile.y * 16 * fours + from;
+    device const bfloat4* rows_b = b + tile.x * 16 * fours + from;
+    simdgroup_matrix<float, 8, 8> sums[4];
+    for (uint i = 0; i < 4; i++) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.f);
+    for (uint half_tile = 0; half_tile < 2; half_tile++) {
+        tiles[0][0][half_tile * 32 + lane] = rows_a[half_tile * 8 * fours];
+        tiles[0][1][half_tile * 32 + lane] = rows_b[half_tile * 8 * fours];
+    }
+    for (uint k = 0, now = 0; k < fours; k += 4, now ^= 1) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        if (k + 4 < fours) {
+            for (uint half_tile = 0; half_tile < 2; half_tile++) {
+                const uint at = half_tile * 8 * fours + k + 4;
+                tiles[now ^ 1][0][half_tile * 32 + lane] = rows_a[at];
+                tiles[now ^ 1][1][half_tile * 32 + lane] = rows_b[at];
+            }
+        }
+        threadgroup const bfloat* left = (threadgroup const bfloat*)tiles[now][0];
+        threadgroup const bfloat* right = (threadgroup const bfloat*)tiles[now][1];
+        for (uint q = 0; q < 16; q += 8) {
+            for (uint i = 0; i < 4; i++) {
+                simdgroup_matrix<bfloat, 8, 8> m, n;
+                simdgroup_load(m, left, 16, ulong2(q, i / 2 * 8));
+                simdgroup_load(n, right, 16, ulong2(q, i % 2 * 8), true);
+                simdgroup_multiply_accumulate(sums[i], m, n, sums[i]);
+            }
+        }
+    }
+    for (uint i = 0; i < 4; i++)
+        simdgroup_store(sums[i], c, size.x,
+                        ulong2(tile.x * 16 + i % 2 * 8, tile.y * 16 + i / 2 * 8));
+}
+
 // ---- bugs; `// BUG` marks the line
 
 kernel void missing_barrier(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
@@ -127,4 +213,23 @@ kernel void early_return(device const float* x [[buffer(0)]], device float* y [[
 kernel void too_far(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
                     uint t [[thread_position_in_threadgroup]]) {
     y[t] = x[t + 1];  // BUG
+}
+
+kernel void some_lanes(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                       uint t [[thread_position_in_threadgroup]],
+                       uint lane [[thread_index_in_simdgroup]]) {
+    y[t] = x[t];
+    if (lane < 20) y[t] = simd_sum(x[t]);
+    threadgroup_barrier(mem_flags::mem_device);  // BUG: the others wait here
+}
+
+kernel void tile_of_another(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                            uint t [[thread_position_in_threadgroup]],
+                            uint sg [[simdgroup_index_in_threadgroup]]) {
+    threadgroup float tile[2][64];
+    tile[t / 32][t % 32] = tile[t / 32][32 + t % 32] = x[t];
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    simdgroup_float8x8 m;
+    simdgroup_load(m, tile[1 - sg], 8);  // BUG
+    simdgroup_store(m, y, 8);
 }

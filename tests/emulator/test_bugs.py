@@ -104,6 +104,16 @@ def test_the_thread_is_the_right_one(bugs: Emulator) -> None:
     assert {f.thread for f in report.findings} == {(63, 0, 0)}
 
 
+@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "checked"])
+def test_the_block_is_the_right_one(bugs: Emulator, sanitize: bool) -> None:
+    x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    report = bugs.run("one_of_many", (4, 3), 64, [x, y], sanitize=sanitize)
+    assert {(f.kind, f.block, f.thread) for f in report.findings} == {
+        ("bounds", (2, 1, 0), (37, 0, 0))
+    }
+    assert {f.line for f in report.findings} == marked_lines("one_of_many")
+
+
 def test_a_canary_sees_what_a_plain_run_writes_behind_shared_memory(bugs: Emulator) -> None:
     report = run(bugs, "shared_out_of_bounds")
     assert report.kinds() == {"bounds"}
@@ -114,7 +124,7 @@ def test_a_canary_sees_what_a_plain_run_writes_behind_shared_memory(bugs: Emulat
     ("kernel", "kind", "words"),
     [
         ("hang", "hang", "0.4 seconds"),
-        ("unknown_instruction", "instruction", '"wgmma.fence.sync.aligned"'),
+        ("unknown_instruction", "instruction", '"barrier.cluster.arrive.aligned"'),
         ("asserts", "trap", "x[threadIdx.x] < 63"),
     ],
 )

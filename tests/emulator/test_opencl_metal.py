@@ -148,10 +148,42 @@ def test_metal_softmax(metal: Emulator, sanitize: bool) -> None:
     assert done[0] == 3
 
 
+def test_metal_atomics_of_a_threadgroup(metal: Emulator, sanitize: bool) -> None:
+    x = np.random.default_rng(7).integers(0, 256, 5000).astype(np.uint8)
+    counts = np.zeros(64, np.uint32)
+    report = metal.run("histogram", 3, 96, [x, counts, x.size], sanitize=sanitize)
+    assert report.ok, report
+    np.testing.assert_array_equal(counts, np.bincount(x & 63, minlength=64))
+
+
+def test_metal_shuffles(metal: Emulator, sanitize: bool) -> None:
+    x = np.random.default_rng(8).integers(-99, 99, (3, 2 * 160)).astype(np.int32)
+    y = np.zeros_like(x)
+    report = metal.run("running_sums", 3, 160, [x, y], sanitize=sanitize)
+    assert report.ok, report
+    np.testing.assert_array_equal(y, x.cumsum(1))
+
+
+def test_metal_tiles_loaded_ahead(metal: Emulator, sanitize: bool) -> None:
+    random = np.random.default_rng(9)
+    m, n, k = 32, 48, 80
+    a, b = random.integers(-8, 9, (m, k)), random.integers(-8, 9, (n, k))
+    # small integers are exact in bfloat, which is the upper half of a float
+    halves = [(v.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for v in (a, b)]
+    c = np.full((m, n), np.nan, np.float32)
+    args = [*halves, c, np.array([n, k], np.uint32)]
+    report = metal.run("mul_mm_ahead", (n // 16, m // 16), 32, args, sanitize=sanitize)
+    assert report.ok, report
+    np.testing.assert_array_equal(c, a @ b.T)
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind"),
-    [("missing_barrier", "race"), ("early_return", "barrier"), ("too_far", "bounds")],
-)
+    [
+        ("missing_barrier", "race"), ("early_return", "barrier"), ("too_far", "bounds"),
+        ("some_lanes", "barrier"), ("tile_of_another", "race"),
+    ],
+)  # fmt: skip
 def test_metal_bugs(metal: Emulator, kernel: str, kind: str, sanitize: bool) -> None:
     x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
     report = metal.run(kernel, 1, 64, [x, y], sanitize=sanitize)

@@ -216,6 +216,16 @@ def test_pickling_gives_the_same_format(fmt: BlockFormat) -> None:
     assert pickle.loads(pickle.dumps(fmt)) is fmt
 
 
+@every_format
+def test_a_written_format_means_the_same(fmt: BlockFormat) -> None:
+    """What another process gets of a format that it does not know: the very same expressions."""
+    other = BlockFormat(**pickle.loads(pickle.dumps(fmt.written())))
+    assert other is not fmt and other.written() == fmt.written()
+    i, g = var("i", fmt.block), var("g", fmt.groups)
+    assert other.value_expr(i) is fmt.value_expr(i)
+    assert other.total_offset_expr(g) is fmt.total_offset_expr(g)
+
+
 def test_unknown_format() -> None:
     with pytest.raises(FormatError, match="format 'q4_9' is not known; known are f32, f16,"):
         formats.get("q4_9")
@@ -242,6 +252,8 @@ def test_a_registered_format_is_known(made_up: BlockFormat) -> None:
     assert made_up in formats.formats()
     assert made_up not in FORMATS
     assert pickle.loads(pickle.dumps(made_up)) is made_up
+    other = BlockFormat(**GOOD | {"bias": 8})  # of the same name: the two are kept apart
+    assert pickle.loads(pickle.dumps(other)).bias == 8
     assert formats.register(made_up) is made_up
     with pytest.raises(FormatError, match="format MADE_UP is already registered"):
         formats.register(dataclasses.replace(made_up, name="MADE_UP"))

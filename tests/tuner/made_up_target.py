@@ -11,13 +11,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kernelgen import targets
 from kernelgen.config import Capabilities, Config, choice
 from kernelgen.errors import CompileError
+from kernelgen.ir import formats
 from kernelgen.targets.base import Kernel, Runtime, Target
+from kernelgen.tuner import space
+from kernelgen.tuner.measure import OK, Outcome
+from kernelgen.tuner.space import Problem
 
 KINDS = ("good", "slow", "fast", "loops", "crashes", "nan", "wrong", "greedy", "compiles not")
+
+#: a problem that takes no time
+SMALL = Problem(formats.get("q8_0"), 1, 64, 256)
+
+needs_c = pytest.mark.skipif(
+    targets.get("c").runtime().available() is not None, reason="needs a C compiler"
+)
 
 FACTORY = "tests.tuner.made_up_target:factory"
 
@@ -84,3 +96,21 @@ def factory(name: str = "made up", variant: str = "") -> tuple[Target, Runtime]:
     )
     made = dataclasses.replace(numpy, name="made up", walks=walks, templates=("numpy",))
     return made, BadRuntime()
+
+
+def recorded(
+    target: Target, runtime: Runtime, problem: Problem, **special: Outcome
+) -> dict[str, Outcome]:
+    """Outcomes of a whole space: the more alike to one candidate, the faster."""
+    explored = space.explore(target, runtime.capabilities(), problem)
+    best = explored.legal[len(explored.legal) // 3]
+    mine = space.values_of(best)
+    result = {}
+    for one in explored.legal:
+        far = space.distance(mine, space.values_of(one))
+        kind = one.config.as_dict().get("kind", "")
+        result[one.id] = special.get(
+            kind,
+            Outcome(OK, samples=(1e-3 * (1 + far),) * 3, error=1e-7, rms_error=1e-3 / (1 + far)),
+        )
+    return result

@@ -31,15 +31,24 @@ constexpr uint32_t kLineBit = 0x80000000;
 
 // Who has synchronized with whom.  A barrier of the block starts a new epoch, and orders all that
 // came before; within an epoch each thread has a vector clock, for barriers of fewer threads.
+// Actors are the threads, then the copy engine, then the unit of each warpgroup.
 static struct {
     Cell *cells;
     size_t statics, bytes;       // static shared memory first, dynamic behind it
     uint32_t epoch, first_epoch; // now, and at the block's start
     bool known_start;            // false once a block was resumed: it may have written anything
-    std::vector<uint32_t> clock; // of each thread, its own
-    std::vector<uint32_t> seen;  // [thread][other]: how much of the other it has seen
+    std::vector<uint32_t> clock; // of each actor, its own
+    std::vector<uint32_t> seen;  // [thread][actor]: how much of the other it has seen
     std::vector<uint32_t> seen_epoch;
+    uint32_t actors;
+    std::vector<Clock> fences; // of each thread, what its last fence.proxy.async came behind
 } shadow;
+
+// Who looks at memory, and what it has seen
+struct Viewer {
+    uint32_t actor, epoch;
+    const uint32_t *seen;
+};
 
 static Where unpack(uint32_t where) {
     if (where & kLineBit) return {int(where & ~kLineBit), 0};
@@ -59,10 +68,12 @@ void shadow_begin_block() {
         for (uint64_t i = 0; i < world.launch->hidden_count; i++)
             if (world.launch->hidden[i] < shadow.statics)
                 shadow.cells[world.launch->hidden[i]].hidden = true;
-        shadow.clock.assign(world.threads, 1);
-        shadow.seen.assign(size_t(world.threads) * world.threads, 0);
+        shadow.actors = world.threads + 1 + (world.threads + kWarpgroup - 1) / kWarpgroup;
+        shadow.clock.assign(shadow.actors, 1);
+        shadow.seen.assign(size_t(world.threads) * shadow.actors, 0);
         shadow.seen_epoch.assign(world.threads, 0);
     }
+    shadow.fences.assign(world.threads, Clock());
     shadow.first_epoch = ++shadow.epoch;
     shadow.known_start = true;
 }
@@ -75,19 +86,31 @@ void shadow_resume() {
 }
 
 static uint32_t *seen_by(uint32_t thread) {
-    uint32_t *row = &shadow.seen[size_t(thread) * world.threads];
+    uint32_t *row = &shadow.seen[size_t(thread) * shadow.actors];
     if (shadow.seen_epoch[thread] != shadow.epoch) {
-        std::fill(row, row + world.threads, 0);
+        std::fill(row, row + shadow.actors, 0);
         shadow.seen_epoch[thread] = shadow.epoch;
     }
     return row;
 }
 
+static void join(uint32_t *into, const uint32_t *from) {
+    for (uint32_t i = 0; i < shadow.actors; i++) into[i] = std::max(into[i], from[i]);
+}
+
+// A clock of now: what it held of earlier epochs is known to all.
+static std::vector<uint32_t> &current(Clock &clock) {
+    if (clock.epoch != shadow.epoch || clock.seen.empty()) {
+        clock.epoch = shadow.epoch;
+        clock.seen.assign(shadow.actors, 0);
+    }
+    return clock.seen;
+}
+
 void shadow_partial(const std::vector<uint32_t> &threads) {
-    std::vector<uint32_t> all(world.threads, 0);
+    std::vector<uint32_t> all(shadow.actors, 0);
     for (uint32_t t : threads) {
-        const uint32_t *row = seen_by(t);
-        for (uint32_t i = 0; i < world.threads; i++) all[i] = std::max(all[i], row[i]);
+        join(all.data(), seen_by(t));
         all[t] = std::max(all[t], shadow.clock[t]);
     }
     for (uint32_t t : threads) {
@@ -96,23 +119,74 @@ void shadow_partial(const std::vector<uint32_t> &threads) {
     }
 }
 
-static bool current(const Access &a) { return a.epoch >= shadow.first_epoch; }
-
-// Whether all threads that synchronize as the program says find `a` done before now.
-static bool before(const Access &a, uint32_t thread) {
-    if (a.epoch < shadow.epoch || a.thread == thread) return true;
-    return seen_by(thread)[a.thread] >= a.clock;
+void shadow_release(Clock &into) {
+    uint32_t t = self()->index.linear;
+    std::vector<uint32_t> &seen = current(into);
+    join(seen.data(), seen_by(t));
+    seen[t] = shadow.clock[t]++;
 }
 
-static const char *const kVerb[] = {"reads", "writes", "updates atomically"};
+void shadow_acquire(const Clock &from) {
+    if (from.epoch == shadow.epoch && !from.seen.empty())
+        join(seen_by(self()->index.linear), from.seen.data());
+}
 
-static void report_race(const Access &a, const char *did, int how, Where where, const char *place) {
-    const Fiber &other = world.block->fibers[a.thread];
+void shadow_proxy_fence() {
+    uint32_t t = self()->index.linear;
+    Clock &fence = shadow.fences[t];
+    fence.epoch = 0; // only what is seen now
+    current(fence);
+    shadow_release(fence);
+}
+
+void shadow_issue(uint32_t warpgroup, Clock &issue) {
+    std::vector<uint32_t> &seen = current(issue);
+    std::fill(seen.begin(), seen.end(), ~0u);
+    issue.fenced.assign(shadow.actors, 0);
+    for (uint32_t t = warpgroup * kWarpgroup; t < (warpgroup + 1) * kWarpgroup; t++) {
+        const uint32_t *row = seen_by(t);
+        for (uint32_t i = 0; i < shadow.actors; i++)
+            seen[i] = std::min(seen[i], i == t ? shadow.clock[t] : row[i]);
+        const Clock &fence = shadow.fences[t];
+        if (fence.epoch < issue.fence_epoch || fence.seen.empty()) continue;
+        if (fence.epoch > issue.fence_epoch) issue.fenced.assign(shadow.actors, 0);
+        issue.fence_epoch = fence.epoch;
+        join(issue.fenced.data(), fence.seen.data());
+    }
+    // what the threads do from here on is not before the product
+    for (uint32_t l = 0; l < kWarpgroup; l++) shadow.clock[warpgroup * kWarpgroup + l]++;
+}
+
+static bool current(const Access &a) { return a.epoch >= shadow.first_epoch; }
+
+// Whether all actors that synchronize as the program says find `a` done before now.
+static bool before(const Access &a, const Viewer &viewer) {
+    if (a.epoch != viewer.epoch) return a.epoch < viewer.epoch;
+    return a.thread == viewer.actor || viewer.seen[a.thread] >= a.clock;
+}
+
+static Viewer viewer_now() {
+    uint32_t t = self()->index.linear;
+    return {t, shadow.epoch, seen_by(t)};
+}
+
+static const char *const kVerb[] = {"reads", "writes", "updates atomically", "reads",
+                                   "sets atomically"};
+
+static void report_race(const Access &a, const char *did, int how, Where where, const char *place,
+                        const Viewer &viewer) {
+    char who[48];
+    if (a.thread < world.threads) {
+        const uint32_t *at = world.block->fibers[a.thread].index.thread;
+        snprintf(who, sizeof who, "thread (%u, %u, %u)", at[0], at[1], at[2]);
+    } else if (a.thread == world.threads) {
+        snprintf(who, sizeof who, "a bulk copy");
+    } else {
+        snprintf(who, sizeof who, "wgmma of warpgroup %u", a.thread - world.threads - 1);
+    }
     report("race", where, unpack(a.where), self(),
-           "race on %s: this thread %s what thread (%u, %u, %u) %s on line {other}, and nothing "
-           "orders the two",
-           place, kVerb[how], other.index.thread[0], other.index.thread[1], other.index.thread[2],
-           did);
+           "race on %s: this %s %s what %s %s on line {other}, and nothing orders the two", place,
+           viewer.actor < world.threads ? "thread" : "wgmma", kVerb[how], who, did);
 }
 
 static void name_byte(size_t at, char *text, size_t size) {
@@ -121,19 +195,19 @@ static void name_byte(size_t at, char *text, size_t size) {
              is_static ? "static" : "dynamic");
 }
 
-static void check_bytes(size_t first, size_t bytes, int how, Where where) {
+static void check_bytes(size_t first, size_t bytes, int how, Where where, const Viewer &viewer) {
     const Fiber &me = *self();
-    uint32_t thread = me.index.linear;
+    uint32_t thread = viewer.actor;
     Access now{shadow.epoch, shadow.clock[thread],
                where.line ? uint32_t(where.line) | kLineBit : uint32_t(where.pc), uint16_t(thread),
-               uint16_t(how == EMU_ATOMIC)};
+               uint16_t(how == EMU_ATOMIC || how == EMU_SET)};
     char place[64];
     bool told = false;
     for (size_t i = first; i < first + bytes; i++) {
         Cell &cell = shadow.cells[i];
         if (cell.hidden) return;
         bool written = current(cell.write) || !shadow.known_start;
-        if (!told && how != EMU_WRITE && !written) {
+        if (!told && how != EMU_WRITE && how != EMU_SET && !written) {
             told = true;
             name_byte(i, place, sizeof place);
             report("uninitialised", where, {}, &me,
@@ -147,24 +221,25 @@ static void check_bytes(size_t first, size_t bytes, int how, Where where) {
                    "%u has not been waited for",
                    kVerb[how], place, cell.copy_thread, cell.copy_line);
         }
-        bool both_atomic = cell.write.atomic && how == EMU_ATOMIC;
-        if (!told && current(cell.write) && !both_atomic && !before(cell.write, thread)) {
+        bool both_atomic = cell.write.atomic && now.atomic;
+        if (!told && current(cell.write) && !both_atomic && !before(cell.write, viewer)) {
             told = true;
             name_byte(i, place, sizeof place);
-            report_race(cell.write, cell.write.atomic ? "updated" : "wrote", how, where, place);
+            report_race(cell.write, cell.write.atomic ? "updated" : "wrote", how, where, place,
+                        viewer);
         }
         if (how == EMU_READ) {
             Access *slot = &cell.read[0];
-            if (current(*slot) && slot->thread != thread && !before(*slot, thread))
+            if (current(*slot) && slot->thread != thread && !before(*slot, viewer))
                 slot = &cell.read[1];
             *slot = now;
             continue;
         }
         for (const Access &read : cell.read)
-            if (!told && current(read) && !before(read, thread)) {
+            if (!told && current(read) && !before(read, viewer)) {
                 told = true;
                 name_byte(i, place, sizeof place);
-                report_race(read, "read", how, where, place);
+                report_race(read, "read", how, where, place, viewer);
             }
         cell.write = now;
     }
@@ -174,14 +249,17 @@ static void check_bytes(size_t first, size_t bytes, int how, Where where) {
 static long cell_of(const void *pointer) {
     const unsigned char *p = static_cast<const unsigned char *>(pointer);
     if (size_t(p - world.statics) < shadow.statics) return p - world.statics;
-    size_t dynamic = size_t(p - emu_dynamic_shared);
+    size_t dynamic = size_t(p - world.dynamic);
     return dynamic < shadow.bytes - shadow.statics ? long(shadow.statics + dynamic) : -1;
 }
 
 static void check_access(const void *pointer, size_t bytes, int how, Where where) {
     if (!emu_self) return;
     const unsigned char *p = static_cast<const unsigned char *>(pointer);
-    if (size_t(p - world.block->stacks) < size_t(world.threads) * kStackBytes) return;
+    if (size_t(p - world.block->stacks) < size_t(world.threads) * kStackBytes) {
+        wgmma_accumulator_used(pointer, where);
+        return;
+    }
     if (outside_buffers(pointer, bytes)) {
         char text[128];
         describe_address(pointer, text, sizeof text);
@@ -190,7 +268,9 @@ static void check_access(const void *pointer, size_t bytes, int how, Where where
         abandon_block();
     }
     long at = cell_of(pointer);
-    if (at >= 0) check_bytes(size_t(at), std::min(bytes, shadow.bytes - size_t(at)), how, where);
+    if (at < 0) return;
+    size_t rest = std::min(bytes, shadow.bytes - size_t(at));
+    check_bytes(size_t(at), rest, how, where, viewer_now());
 }
 
 void shadow_async(const AsyncCopy &copy, bool arrived) {
@@ -207,6 +287,51 @@ void shadow_async(const AsyncCopy &copy, bool arrived) {
     }
 }
 
+void shadow_bulk(const AsyncCopy &copy, Clock &into) {
+    uint32_t engine = world.threads;
+    long at = cell_of(copy.to);
+    std::vector<uint32_t> &seen = current(into);
+    seen[engine] = shadow.clock[engine];
+    for (size_t i = size_t(at); at >= 0 && i < size_t(at) + size_t(copy.bytes); i++) {
+        if (i >= shadow.bytes) break;
+        Cell &cell = shadow.cells[i];
+        cell.copy_line = 0;
+        cell.write = {shadow.epoch, shadow.clock[engine], uint32_t(copy.line) | kLineBit,
+                      uint16_t(engine), 0};
+    }
+    shadow.clock[engine]++;
+}
+
+void shadow_matrix_read(uint32_t warpgroup, const Clock &issue, const void *p, size_t bytes,
+                        int line) {
+    emu_touch(p, bytes, EMU_NOTHING, line);
+    long at = cell_of(p);
+    if (at < 0) return;
+    Viewer unit{world.threads + 1 + warpgroup, issue.epoch, issue.seen.data()};
+    check_bytes(size_t(at), bytes, EMU_READ, {line, 0}, unit);
+    const Access &write = shadow.cells[at].write;
+    // copies of the engine, and what nobody wrote, need no fence
+    if (!current(write) || write.thread >= world.threads || shadow.cells[at].copy_line) return;
+    const Clock &own = shadow.fences[write.thread];
+    bool by_writer = own.epoch > write.epoch ||
+                     (own.epoch == write.epoch && own.seen[write.thread] >= write.clock);
+    bool by_reader =
+        issue.fence_epoch > write.epoch ||
+        (issue.fence_epoch == write.epoch && issue.fenced[write.thread] >= write.clock);
+    if (by_writer || by_reader) return;
+    char place[64];
+    name_byte(size_t(at), place, sizeof place);
+    report("proxy", {line, 0}, unpack(write.where), self(),
+           "wgmma reads %s, which thread %u of the block wrote on line {other}, without a "
+           "fence.proxy.async between",
+           place, write.thread);
+}
+
+void shadow_matrix_done(uint32_t warpgroup, Clock &done) {
+    uint32_t unit = world.threads + 1 + warpgroup;
+    current(done)[unit] = shadow.clock[unit]++;
+}
+
 } // namespace emu
 
 using namespace emu;
@@ -214,7 +339,7 @@ using namespace emu;
 extern "C" {
 
 void emu_touch(const void *pointer, size_t bytes, int how, int line) {
-    if (world.checked) {
+    if (world.checked && how != EMU_NOTHING) {
         check_access(pointer, bytes, how, {line, 0});
     } else if (outside_buffers(pointer, bytes)) {
         char text[128];
@@ -254,7 +379,7 @@ static void check_aligned(const void *p, size_t bytes, Where where) {
     EMU_HOOK(read##n, n, EMU_READ)                                                                 \
     EMU_HOOK(write##n, n, EMU_WRITE)                                                               \
     EMU_HOOK(volatile_read##n, n, EMU_ATOMIC)                                                      \
-    EMU_HOOK(volatile_write##n, n, EMU_ATOMIC)                                                     \
+    EMU_HOOK(volatile_write##n, n, EMU_SET)                                                        \
     EMU_HOOK(read_write##n, n, EMU_WRITE)
 EMU_HOOKS(1)
 EMU_HOOKS(2)

@@ -5,8 +5,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+
 EmuIndex *emu_self;
-alignas(4096) unsigned char emu_dynamic_shared[emu::kMaxDynamic + 4096];
+alignas(4096) unsigned char emu_dynamic_shared[emu::kMaxDynamic + 8192];
 
 namespace emu {
 
@@ -49,6 +51,17 @@ asm(EMU_SWITCH_HEAD
 #endif
 // clang-format on
 
+// Dynamic shared memory as kernels declare it, no better aligned than they say
+#define EMU_ALIGNED(n)                                                                             \
+    asm(".globl " EMU_SYMBOL("emu_dynamic_shared_" #n) "\n.set " EMU_SYMBOL(                       \
+        "emu_dynamic_shared_" #n) ", " EMU_SYMBOL("emu_dynamic_shared") " + " #n "\n");
+EMU_ALIGNED(16)
+EMU_ALIGNED(32)
+EMU_ALIGNED(64)
+EMU_ALIGNED(128)
+EMU_ALIGNED(256)
+EMU_ALIGNED(512)
+
 void switch_stack(void **from, void *to) { emu_switch_stack(from, to); }
 
 // ---- the queue of threads that can run
@@ -79,7 +92,7 @@ static void enqueue_some(Block &block, const std::vector<uint32_t> &freed) {
 static void run_next() {
     Block &block = *world.block;
     void **from = &self()->sp;
-    if (block.queued == 0) {
+    if (block.queued == 0 && !mbarriers_advance(block)) {
         emu_self = nullptr;
         switch_stack(from, world.scheduler);
         return;
@@ -90,6 +103,26 @@ static void run_next() {
     if (&next == self()) return;
     emu_self = &next.index;
     switch_stack(from, next.sp);
+}
+
+void suspend(State state, int line) {
+    Fiber &me = *self();
+    me.index.line = me.wait_line = line;
+    me.state = state;
+    run_next();
+}
+
+void wake(Fiber &fiber) {
+    world.block->idle_yields = world.block->timeouts = 0;
+    static std::vector<uint32_t> one(1);
+    one[0] = fiber.index.linear;
+    enqueue_some(*world.block, one);
+}
+
+void step_back() {
+    if (world.launch->order != 1) return;
+    enqueue(*world.block, *self());
+    run_next();
 }
 
 void abandon_block() {
@@ -153,7 +186,7 @@ static void release_barrier(Block &block, int id, int count) {
         if (count && freed.size() < world.threads) shadow_partial(freed);
         else shadow_barrier();
     }
-    block.idle_yields = 0;
+    block.idle_yields = block.timeouts = 0;
     block.waiting[id] = 0;
     enqueue_some(block, freed);
 }
@@ -195,7 +228,7 @@ static void try_subgroup(Block &block, Fiber &fiber) {
     emu_self = &fiber.index;
     fiber.op->run(ops, mask, int(fiber.index.subgroup_size));
     emu_self = running;
-    block.idle_yields = 0;
+    block.idle_yields = block.timeouts = 0;
     group.waiting &= ~mask;
     static std::vector<uint32_t> freed;
     freed.clear();
@@ -210,6 +243,40 @@ static void try_subgroup(Block &block, Fiber &fiber) {
     if (world.checked && fiber.op->orders_memory) shadow_partial(freed);
 }
 
+void warpgroup_op(EmuOp *op) {
+    Fiber &me = *self();
+    Block &block = *world.block;
+    uint32_t number = me.index.linear / kWarpgroup, first = number * kWarpgroup;
+    if (first + kWarpgroup > world.threads)
+        emu_fail("mask", op->line, "%s needs a warpgroup of 128 threads, but the block has %u",
+                 op->name, world.threads);
+    me.op = op;
+    me.index.line = me.wait_line = op->line;
+    me.state = kInWarpgroup;
+    Warpgroup &group = block.warpgroups[number];
+    if (++group.waiting == kWarpgroup) {
+        static std::vector<uint32_t> freed;
+        freed.clear();
+        EmuOp *ops[kWarpgroup];
+        for (uint32_t l = 0; l < kWarpgroup; l++) {
+            Fiber &other = block.fibers[first + l];
+            ops[l] = other.op;
+            if (other.op->site != op->site)
+                emu_fail("mask", op->line,
+                         "threads of a warpgroup execute different instructions: this one %s of "
+                         "line %d, thread %u of the block %s of line %d",
+                         op->name, op->line, first + l, other.op->name, other.op->line);
+            freed.push_back(first + l);
+        }
+        if (world.launch->order == 1) std::reverse(freed.begin(), freed.end());
+        op->run(ops, 0, int(kWarpgroup));
+        group.waiting = 0;
+        block.idle_yields = block.timeouts = 0;
+        enqueue_some(block, freed);
+    }
+    run_next();
+}
+
 // A thread that returns may be the one that others waited for.
 static void thread_done() {
     Block &block = *world.block;
@@ -217,7 +284,7 @@ static void thread_done() {
     me.state = kDone;
     block.done++;
     block.subgroups[me.index.subgroup].alive &= ~bit(me.index.lane);
-    block.idle_yields = 0;
+    block.idle_yields = block.timeouts = 0;
     for (uint32_t l = 0; l < me.index.subgroup_lanes; l++) {
         Fiber *other = lane_of(block, me, l);
         if (other->state == kInSubgroup) try_subgroup(block, *other);
@@ -230,6 +297,7 @@ static void thread_done() {
 
 extern "C" void emu_start_fiber(void) {
     world.entry(world.launch->args);
+    if (world.checked) wgmma_report_early(nullptr, 0);
     thread_done();
 }
 
@@ -248,13 +316,14 @@ static unsigned char *make_stacks() {
 // Writes the poison that a kernel sees where it has written nothing.
 static void poison_shared() {
     int poison = int(world.launch->poison);
-    memset(emu_dynamic_shared, poison, world.launch->dynamic_shared);
-    memset(emu_dynamic_shared + world.launch->dynamic_shared, 0xC5, 4096);
+    memset(emu_dynamic_shared, 0xC5, size_t(world.dynamic - emu_dynamic_shared));
+    memset(world.dynamic, poison, world.launch->dynamic_shared);
+    memset(world.dynamic + world.launch->dynamic_shared, 0xC5, 4096);
     if (world.static_bytes) memset(world.statics, poison, world.static_bytes);
 }
 
 static void check_canary() {
-    const unsigned char *end = emu_dynamic_shared + world.launch->dynamic_shared;
+    const unsigned char *end = world.dynamic + world.launch->dynamic_shared;
     for (int i = 0; i < 4096; i++)
         if (end[i] != 0xC5) {
             report("bounds", {0, 0}, {}, &world.block->fibers[0],
@@ -278,6 +347,9 @@ bool start_block(Block &block, uint32_t number) {
         votes[EMU_AND] = 1;
     }
     block.subgroups.assign((n + sub - 1) / sub, Subgroup());
+    block.warpgroups.assign((n + kWarpgroup - 1) / kWarpgroup, Warpgroup());
+    block.mbarriers.clear();
+    block.timeouts = block.mbarriers_made = 0;
     if (!block.stacks && !(block.stacks = make_stacks())) return false;
     for (uint32_t t = 0; t < n; t++) {
         Fiber &f = block.fibers[t];
@@ -319,27 +391,33 @@ bool start_block(Block &block, uint32_t number) {
 
 // Why nobody can go on: says where all wait, of one thread per place.
 static void report_deadlock(Block &block) {
-    const Fiber *first = nullptr, *in_subgroup = nullptr;
+    const Fiber *first = nullptr; // the most telling one
     char text[200] = "";
     size_t used = 0;
     std::vector<int> lines;
+    auto rank = [](const Fiber *f) {
+        return !f ? 0 : f->state == kAtMbarrier ? 3 : f->state == kAtBarrier ? 2 : 1;
+    };
     for (Fiber &f : block.fibers) {
         if (f.state == kDone) continue;
         bool known = false;
         for (int line : lines) known |= line == f.wait_line;
-        if (f.state == kAtBarrier && !first) first = &f;
-        if (f.state == kInSubgroup && !in_subgroup) in_subgroup = &f;
+        if (rank(&f) > rank(first)) first = &f;
         if (known || used + 70 > sizeof text) continue;
         lines.push_back(f.wait_line);
+        const char *at = f.state == kAtBarrier    ? "the barrier"
+                         : f.state == kAtMbarrier ? "the mbarrier"
+                                                  : f.op->name;
         used += size_t(snprintf(text + used, sizeof text - used, "%sthread %u at %s of line %d",
-                                used ? ", " : "", f.index.linear,
-                                f.state == kAtBarrier ? "the barrier" : f.op->name, f.wait_line));
+                                used ? ", " : "", f.index.linear, at, f.wait_line));
     }
-    const Fiber *where = first ? first : in_subgroup;
-    report(first ? "barrier" : "mask", {where->wait_line, 0}, {}, where,
-           "%s: %u of %u threads returned, and the rest wait for each other: %s",
-           first ? "divergent barrier" : "divergent subgroup operation", block.done, world.threads,
-           text);
+    char why[200] = "";
+    if (first->state == kAtMbarrier) mbarriers_describe(*first, why, sizeof why);
+    const char *what[] = {"", "divergent operation", "divergent barrier",
+                          "deadlock at an mbarrier"};
+    report(rank(first) == 1 ? "mask" : "barrier", {first->wait_line, 0}, {}, first,
+           "%s: %s%u of %u threads returned, and the rest wait for each other: %s",
+           what[rank(first)], why, block.done, world.threads, text);
     __atomic_store_n(&world.shared->stop, 1, __ATOMIC_RELAXED);
 }
 
@@ -355,8 +433,20 @@ void run_block(Block &block) {
     }
     if (__atomic_load_n(&world.shared->stop, __ATOMIC_RELAXED)) return;
     if (block.queued) return; // polls: other blocks first
-    if (block.done < world.threads) report_deadlock(block);
-    else check_canary();
+    if (block.done < world.threads) {
+        report_deadlock(block);
+        return;
+    }
+    check_canary();
+    mbarriers_end(block);
+    wgmma_end(block);
+}
+
+// ---- cp.async: bytes arrive when they are waited for, which no machine does but any machine may
+
+void arrive(const AsyncCopy &copy) {
+    memcpy(copy.to, copy.from, size_t(copy.from_bytes));
+    memset(static_cast<char *>(copy.to) + copy.from_bytes, 0, size_t(copy.bytes - copy.from_bytes));
 }
 
 } // namespace emu
@@ -444,19 +534,12 @@ void emu_fail(const char *kind, int line, const char *format, ...) {
     abandon_block();
 }
 
-// ---- cp.async: bytes arrive when they are waited for, which no machine does but any machine may
-
-static void arrive(const AsyncCopy &copy) {
-    memcpy(copy.to, copy.from, size_t(copy.from_bytes));
-    memset(static_cast<char *>(copy.to) + copy.from_bytes, 0, size_t(copy.bytes - copy.from_bytes));
-}
-
 void emu_async_copy(void *to, const void *from, int bytes, int from_bytes, int line) {
     Fiber &me = *self();
     me.index.line = line;
     if (from_bytes) emu_touch(from, size_t(from_bytes), EMU_READ, line);
     emu_touch(to, size_t(bytes), EMU_WRITE, line);
-    AsyncCopy copy{to, from, bytes, from_bytes, line, me.group};
+    AsyncCopy copy{to, from, bytes, from_bytes, line, me.group, me.index.linear, me.serial++};
     if (world.launch->flags & kEagerCopies) {
         arrive(copy);
         return;

@@ -62,7 +62,8 @@ uint32_t emu_shared_address(const void *pointer);
 void *emu_shared_pointer(uint64_t address, int line);
 
 // Checked as the compiled text's own accesses are in a checked build
-enum { EMU_READ, EMU_WRITE, EMU_ATOMIC };
+// NOTHING: only whether it is in bounds; SET: an atomic store, which reads nothing
+enum { EMU_READ, EMU_WRITE, EMU_ATOMIC, EMU_NOTHING, EMU_SET };
 void emu_touch(const void *pointer, size_t bytes, int how, int line);
 
 // Read-modify-write that is atomic among threads of all blocks; returns the old bits.

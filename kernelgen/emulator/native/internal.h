@@ -1,6 +1,9 @@
 // The engine's own state: one worker process runs one block at a time.
 #pragma once
 #include <stdarg.h>
+
+#include <map>
+#include <memory>
 #include <vector>
 
 #include "engine.h"
@@ -8,17 +11,33 @@
 namespace emu {
 
 constexpr uint32_t kMaxThreads = 1024, kMaxDynamic = 1 << 20, kMaxBuffers = 64;
-// 32-bit shared addresses: two windows, neither of which holds small numbers or ends of the other
-constexpr uint32_t kStaticWindow = 0x01000000, kDynamicWindow = 0x02000000;
+// 32-bit shared addresses begin here, as small numbers are none.  Matrix descriptors keep the low
+// 18 bits of them: static shared memory is in the first KiBs of these, dynamic behind it.
+constexpr uint32_t kWindow = 0x01000000, kWindowEnd = 0x02000000, kDescriptorBits = 0x3ffff;
+constexpr uint32_t kWarpgroup = 128; // threads of one
+
+// What has been seen of each actor: the block's threads, its copy engine, its warpgroups' units
+struct Clock {
+    uint32_t epoch = 0;
+    std::vector<uint32_t> seen;
+    uint32_t fence_epoch = 0; // what fence.proxy.async had been executed behind
+    std::vector<uint32_t> fenced;
+};
+
+// Where something was done: a line, or an offset of the machine code that a line belongs to
+struct Where {
+    int line;
+    uint64_t pc;
+};
 
 struct AsyncCopy {
     void *to;
     const void *from;
     int bytes, from_bytes, line;
-    uint32_t group;
+    uint32_t group, thread, serial;
 };
 
-enum State : uint8_t { kReady, kAtBarrier, kInSubgroup, kDone };
+enum State : uint8_t { kReady, kAtBarrier, kInSubgroup, kAtMbarrier, kInWarpgroup, kDone };
 
 struct Fiber {
     EmuIndex index; // first: emu_self points at it
@@ -29,8 +48,32 @@ struct Fiber {
     uint32_t reductions; // reducing barriers that it has passed
     uint32_t polls;      // atomic operations that changed nothing
     EmuOp *op;
-    uint32_t group; // number of cp.async groups committed
+    uint32_t group;  // number of cp.async groups committed
+    uint32_t serial; // number of cp.async executed
     std::vector<AsyncCopy> copies;
+    const void *mbarrier;  // that it waits at
+    uint32_t wgmma_groups; // number of wgmma groups committed
+    bool wgmma_fenced;
+    uint32_t shows; // how many mbarriers there had been at its last fence to the copy engine
+    std::vector<std::pair<const void *, Where>> early; // uses of accumulators before their wait
+};
+
+// An mbarrier object.  Its 64 bits in shared memory only say that it is one.
+struct Mbarrier {
+    uint32_t expected, pending; // arrivals of a phase, and those that are missing
+    int32_t bytes = 0;          // that copies still have to bring
+    uint32_t phase = 0;         // how many have ended
+    int line;                   // where it was made
+    uint32_t maker, number;     // by which thread, and how many there were before
+    Clock arriving, ended;      // what the phase under way, and the last, have seen
+    std::vector<AsyncCopy> copies; // bulk copies that have not arrived
+    std::vector<std::pair<uint32_t, uint32_t>> tracked; // thread, and how many of its cp.async
+};
+
+struct Wgmma; // ptx_wgmma.cpp
+struct Warpgroup {
+    uint32_t waiting = 0;
+    std::shared_ptr<Wgmma> wgmma; // what it multiplies
 };
 
 struct Subgroup {
@@ -44,6 +87,10 @@ struct Block {
     uint32_t head = 0, queued = 0, done = 0, idle_yields = 0;
     int votes[2][3]; // of reducing barriers, in turn
     std::vector<Subgroup> subgroups;
+    std::vector<Warpgroup> warpgroups;
+    std::map<const void *, Mbarrier> mbarriers;
+    uint32_t mbarriers_made = 0;
+    uint32_t timeouts = 0;     // of waits at mbarriers, since something last happened
     uint32_t waiting[16] = {}; // threads at each barrier
     unsigned char *stacks = nullptr;
     std::vector<unsigned char> saved; // its shared memory while another block runs
@@ -108,6 +155,7 @@ struct World {
     uintptr_t code_base, code_end;
     unsigned char *statics; // static shared memory
     size_t static_bytes;
+    unsigned char *dynamic; // dynamic shared memory
     uint32_t threads;
     bool checked;
 };
@@ -116,11 +164,6 @@ extern World world;
 inline Fiber *self() { return reinterpret_cast<Fiber *>(emu_self); }
 inline uint64_t bit(uint32_t lane) { return uint64_t(1) << lane; }
 
-// Where something was done: a line, or an offset of the machine code that a line belongs to
-struct Where {
-    int line;
-    uint64_t pc;
-};
 void report(const char *kind, Where where, Where other, const Fiber *fiber, const char *format,
             ...);
 void vreport(const char *kind, Where where, Where other, const Fiber *fiber, const char *format,
@@ -134,6 +177,34 @@ bool outside_buffers(const void *pointer, size_t bytes);
 // `old` and `value` joined by an EmuRmw in an EmuType
 uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t compare);
 
+// Waits in `state` until somebody makes the running thread ready again.
+void suspend(State state, int line);
+void wake(Fiber &fiber);
+// In the reverse order, lets those go first that the running thread has just made ready.
+void step_back();
+// An operation of all 128 threads of a warpgroup: the last to arrive calls op->run.
+void warpgroup_op(EmuOp *op);
+void arrive(const AsyncCopy &copy);
+
+// mbarriers
+void mbarrier_init(void *place, uint32_t count, int line);
+void mbarrier_invalidate(void *place, int line);
+void mbarrier_expect(void *place, uint32_t bytes, int line);
+uint64_t mbarrier_arrive(void *place, uint32_t count, int line);
+void mbarrier_track_copies(void *place, int line);
+bool mbarrier_test(void *place, uint32_t parity, bool suspends, int line);
+uint32_t mbarrier_phase(void *place, int line);
+void mbarrier_copy(void *to, const void *from, uint32_t bytes, void *place, int line);
+void mbarriers_show(); // those that there are, to the copy engine, by the running thread
+bool mbarriers_advance(Block &block); // when no thread can run; whether one can now
+void mbarriers_describe(const Fiber &fiber, char *text, size_t size);
+void mbarriers_end(Block &block);
+void wgmma_end(Block &block);
+// In a checked build: a local variable is used, which may be an accumulator under way.  That an asm
+// statement takes it in is no use; what has been used otherwise is reported.
+void wgmma_accumulator_used(const void *pointer, Where where);
+void wgmma_report_early(const EmuOperand *operands, int count);
+
 // Fibers
 constexpr size_t kStackBytes = 256 << 10;
 void switch_stack(void **from, void *to);
@@ -146,4 +217,13 @@ void shadow_barrier();
 void shadow_partial(const std::vector<uint32_t> &threads);
 void shadow_resume();
 void shadow_async(const AsyncCopy &copy, bool arrived);
+void shadow_release(Clock &into);       // what the running thread has done and seen
+void shadow_acquire(const Clock &from); // the running thread sees it
+void shadow_bulk(const AsyncCopy &copy, Clock &into); // the copy engine has written it
+void shadow_proxy_fence();
+// A warpgroup's unit reads what all of its threads had seen in `issue`, and has done so in `done`.
+void shadow_issue(uint32_t warpgroup, Clock &issue);
+void shadow_matrix_read(uint32_t warpgroup, const Clock &issue, const void *p, size_t bytes,
+                        int line);
+void shadow_matrix_done(uint32_t warpgroup, Clock &done);
 } // namespace emu

@@ -81,9 +81,9 @@ bool describe_address(const void *pointer, char *text, size_t size) {
                  static_cast<long long>(p - b.base), i, static_cast<unsigned long long>(b.bytes));
         return true;
     }
-    if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic + 4096) {
+    if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic + 8192) {
         snprintf(text, size, "byte %lld of dynamic shared memory, which has %u bytes",
-                 static_cast<long long>(p - emu_dynamic_shared), world.launch->dynamic_shared);
+                 static_cast<long long>(p - world.dynamic), world.launch->dynamic_shared);
         return true;
     }
     return false;
@@ -97,7 +97,7 @@ bool outside_buffers(const void *pointer, size_t bytes) {
             return p < b.base || p + bytes > b.base + b.bytes;
     }
     if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic)
-        return p + bytes > emu_dynamic_shared + world.launch->dynamic_shared;
+        return p < world.dynamic || p + bytes > world.dynamic + world.launch->dynamic_shared;
     return false;
 }
 
@@ -261,6 +261,9 @@ static void look_into_library(void *library, void *inside, bool in_worker) {
     Statics statics = reinterpret_cast<Statics>(dlsym(library, "emu_statics"));
     world.statics = nullptr;
     world.static_bytes = 0;
+    // what is declared with little alignment must not have more
+    auto offset = static_cast<const uint32_t *>(dlsym(library, "emu_dynamic_offset"));
+    world.dynamic = emu_dynamic_shared + (offset ? *offset : 0);
     // its address is in thread-local storage unless it says how much there is
     if (statics) world.statics = static_cast<unsigned char *>(statics(&world.static_bytes));
 #if !defined(__APPLE__)
@@ -288,14 +291,14 @@ static void look_into_library(void *library, void *inside, bool in_worker) {
 static void save_shared(Block &block) {
     size_t dynamic = world.launch->dynamic_shared;
     block.saved.resize(dynamic + world.static_bytes);
-    std::copy(emu_dynamic_shared, emu_dynamic_shared + dynamic, block.saved.begin());
+    std::copy(world.dynamic, world.dynamic + dynamic, block.saved.begin());
     std::copy(world.statics, world.statics + world.static_bytes,
               block.saved.begin() + long(dynamic));
 }
 
 static void restore_shared(const Block &block) {
     size_t dynamic = world.launch->dynamic_shared;
-    memcpy(emu_dynamic_shared, block.saved.data(), dynamic);
+    memcpy(world.dynamic, block.saved.data(), dynamic);
     if (world.static_bytes) memcpy(world.statics, block.saved.data() + dynamic, world.static_bytes);
     if (world.checked) shadow_resume();
 }
@@ -351,11 +354,25 @@ static double now() {
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-static void wait_for(const std::vector<pid_t> &children, double seconds) {
-    double end = now() + seconds + 5; // a worker's own clock rings first
-    std::vector<pid_t> left = children;
+// Runs all blocks.  Most launches are over before a second worker would have begun, so more than
+// one start only when the first has been at it for a while.
+static bool run_workers(void *library, uint32_t blocks, uint32_t count, double seconds) {
+    constexpr double kAlone = 0.004;
+    double begin = now(), end = begin + seconds + 5; // a worker's own clock rings first
+    std::vector<pid_t> left;
+    bool started = false;
+    auto start = [&] {
+        pid_t child = fork();
+        if (child == 0) worker(library, blocks);
+        if (child > 0) left.push_back(child);
+        started |= child > 0;
+    };
+    start();
     useconds_t pause = 20;
-    while (!left.empty()) {
+    for (uint32_t others = count - 1; !left.empty();) {
+        for (; others && now() > begin + kAlone; others--) {
+            if (__atomic_load_n(&world.shared->next_block, __ATOMIC_RELAXED) < blocks) start();
+        }
         for (size_t i = 0; i < left.size();) {
             int status = 0;
             pid_t got = waitpid(left[i], &status, WNOHANG);
@@ -371,8 +388,9 @@ static void wait_for(const std::vector<pid_t> &children, double seconds) {
         if (now() > end)
             for (pid_t child : left) kill(child, SIGKILL);
         usleep(pause);
-        pause = std::min<useconds_t>(pause * 2, 1000);
+        pause = std::min<useconds_t>(pause * 2, 250);
     }
+    return started;
 }
 
 } // namespace emu
@@ -416,15 +434,8 @@ extern "C" int emu_launch(Launch *launch) {
         *launch->pointers[i].slot = launch->buffers[launch->pointers[i].buffer].base;
 
     fflush(stdout);
-    std::vector<pid_t> children;
     uint32_t count = uint32_t(std::min<uint64_t>(blocks, std::max(1u, launch->workers)));
-    for (uint32_t i = 0; i < count; i++) {
-        pid_t child = fork();
-        if (child == 0) worker(library, uint32_t(blocks));
-        if (child > 0) children.push_back(child);
-    }
-    wait_for(children, launch->seconds);
-    bool started = !children.empty();
+    bool started = run_workers(library, uint32_t(blocks), count, launch->seconds);
 
     for (uint32_t i = 0; i < launch->buffer_count; i++) unmap_buffer(launch->buffers[i], i);
     launch->finding_count = std::min({world.shared->findings, kMaxFindings, launch->max_findings});

@@ -86,6 +86,12 @@ uint64_t combine_bits(int op, int type, uint64_t old, uint64_t value, uint64_t c
 
 namespace {
 
+// Addresses are aligned as the memory behind them is, and a gap is left between the two.
+uint32_t static_window() { return kWindow + 4096 + uint32_t(uintptr_t(world.statics) % 4096); }
+uint32_t dynamic_window() {
+    return (static_window() + uint32_t(world.static_bytes) + 4096 + 1023) / 4096 * 4096;
+}
+
 template <class Word>
 uint64_t exchange(void *p, int op, int type, uint64_t value, uint64_t compare) {
     Word *word = static_cast<Word *>(p);
@@ -112,7 +118,7 @@ uint64_t emu_atomic(void *p, int op, int type, uint64_t value, uint64_t compare,
     if (uintptr_t(p) % bytes)
         emu_fail("misaligned", line,
                  "atomic operation on address %p, which is not a multiple of %zu", p, bytes);
-    emu_touch(p, bytes, EMU_ATOMIC, line);
+    emu_touch(p, bytes, op == EMU_STORE ? EMU_SET : EMU_ATOMIC, line);
     world.shared->atomics = 1;
     uint64_t old = is64   ? exchange<uint64_t>(p, op, type, value, compare)
                    : is16 ? exchange<uint16_t>(p, op, type, value, compare)
@@ -132,17 +138,17 @@ uint64_t emu_atomic(void *p, int op, int type, uint64_t value, uint64_t compare,
 uint32_t emu_shared_address(const void *pointer) {
     const unsigned char *p = static_cast<const unsigned char *>(pointer);
     if (p >= emu_dynamic_shared && p < emu_dynamic_shared + kMaxDynamic)
-        return kDynamicWindow + uint32_t(p - emu_dynamic_shared);
+        return dynamic_window() + uint32_t(p - emu_dynamic_shared);
     if (size_t(p - world.statics) < world.static_bytes)
-        return kStaticWindow + uint32_t(p - world.statics);
+        return static_window() + uint32_t(p - world.statics);
     emu_fail("bounds", 0, "address %p is not in shared memory, but is used as if it were", pointer);
 }
 
 void *emu_shared_pointer(uint64_t address, int line) {
-    if (address >= kDynamicWindow && address - kDynamicWindow < kMaxDynamic)
-        return emu_dynamic_shared + (address - kDynamicWindow);
-    if (address >= kStaticWindow && address - kStaticWindow < world.static_bytes)
-        return world.statics + (address - kStaticWindow);
+    if (address >= dynamic_window() && address - dynamic_window() < kMaxDynamic)
+        return emu_dynamic_shared + (address - dynamic_window());
+    if (address >= static_window() && address - static_window() < world.static_bytes)
+        return world.statics + (address - static_window());
     emu_fail("bounds", line, "0x%llx is not an address of shared memory",
              static_cast<unsigned long long>(address));
 }

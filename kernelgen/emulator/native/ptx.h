@@ -40,15 +40,21 @@ struct Instr {
     bool guard_negated = false;
     int code = 0; // what the handler makes of the name
 
-    bool has(const char *word) const {
-        for (const std::string &w : words)
-            if (w == word) return true;
-        return false;
-    }
-    bool has_prefix(const std::string &prefix) const {
-        for (const std::string &w : words)
-            if (w.compare(0, prefix.size(), prefix) == 0) return true;
-        return false;
+    // Whether a word is in the name, or begins one.  Handlers ask each time with the same literals,
+    // so answers are kept by their addresses.
+    bool has(const char *word) const { return ask(known_, word, false); }
+    bool has_prefix(const char *prefix) const { return ask(known_prefixes_, prefix, true); }
+
+  private:
+    using Answers = std::vector<std::pair<const char *, bool>>;
+    mutable Answers known_, known_prefixes_;
+    bool ask(Answers &answers, const char *text, bool prefix) const {
+        for (const auto &[literal, answer] : answers)
+            if (literal == text) return answer;
+        bool found = false;
+        for (const std::string &w : words) found |= prefix ? w.rfind(text, 0) == 0 : w == text;
+        answers.push_back({text, found});
+        return found;
     }
 };
 
@@ -61,7 +67,8 @@ struct Site {
 struct Exec {
     uint64_t *registers;
     int line;
-    bool done = false;
+    const EmuOperand *operands;
+    size_t next = 0; // number of the instruction that follows
 
     uint64_t get(const Operand &o, Type t) const;
     void set(const Operand &o, uint64_t value) const;
@@ -84,8 +91,12 @@ bool parse_type(const std::string &word, Type &type);
 Handler find_arithmetic(Instr &instr);
 Handler find_memory(Instr &instr);
 Handler find_matrix(Instr &instr);
+Handler find_async(Instr &instr);
+Handler find_wgmma(Instr &instr);
 
 float to_float(uint64_t bits, Type t);
 uint64_t from_double(double value, Type t);
 void *address(const Exec &exec, const Instr &instr, const Operand &memory);
+void *address_in(bool shared, const Exec &exec, const Instr &instr, const Operand &memory);
+void aligned(const Exec &exec, const Instr &instr, const void *p, size_t bytes);
 } // namespace emu::ptx

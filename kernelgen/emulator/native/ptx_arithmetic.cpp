@@ -478,19 +478,26 @@ using namespace emu::ptx;
 
 extern "C" void emu_ptx(void **place, const char *text, EmuOperand *operands, int count, int line) {
     static std::unordered_map<void **, Site *> sites;
+    static std::pair<void **, Site *> recent[256]; // by a few bits of the address
     self()->index.line = line;
-    Site *&site = sites[place];
-    if (!site) site = parse(text, count, line);
+    if (world.checked) wgmma_report_early(operands, count);
+    auto &last = recent[uintptr_t(place) / sizeof(void *) % 256];
+    if (last.first != place) {
+        Site *&known = sites[place];
+        if (!known) known = parse(text, count, line);
+        last = {place, known};
+    }
+    const Site *site = last.second;
     uint64_t registers[256];
     if (site->slots > 256) emu_fail("instruction", line, "more than 256 registers in an asm");
     memset(registers + count, 0, size_t(site->slots - count) * sizeof *registers);
     for (int i = 0; i < count; i++) registers[i] = operands[i].bits;
-    Exec exec{registers, line};
-    for (const Instr &instr : site->code) {
+    Exec exec{registers, line, operands};
+    while (exec.next < site->code.size()) {
+        const Instr &instr = site->code[exec.next++];
         if (instr.guard >= 0 && (registers[instr.guard] & 1) == uint64_t(instr.guard_negated))
             continue;
         instr.handler(exec, instr);
-        if (exec.done) break;
     }
     for (int i = 0; i < count; i++)
         if (operands[i].target) memcpy(operands[i].target, &registers[i], operands[i].bytes);

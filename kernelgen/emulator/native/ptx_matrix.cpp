@@ -75,9 +75,7 @@ template <> int element<int>(uint64_t word, int at, Type t) {
 template <class T> void multiply(EmuOp *const *ops, uint64_t mask, int) {
     need_all(ops, mask);
     const Instr &i = *lane(ops, 0).instr;
-    Shape s{};
-    for (const std::string &w : i.words)
-        if (parse_shape(w, s)) break;
+    Shape s{i.code & 255, 8, i.code >> 8};
     Type d = i.types[0], a = i.types[1], b = i.types[2], c = i.types[3];
     int per_word = 32 / a.bits, chunk = 4 * per_word, rows = s.m / 8;
     T left[16][64], right[64][8];
@@ -127,7 +125,7 @@ void mma(Exec &e, const Instr &i) {
     warp_op(e, i, 0xffffffff, whole ? multiply<int> : multiply<float>);
 }
 
-bool known_mma(const Instr &i) {
+bool known_mma(Instr &i) {
     Shape s{};
     for (const std::string &w : i.words)
         if (parse_shape(w, s)) break;
@@ -149,6 +147,7 @@ bool known_mma(const Instr &i) {
         shape = s.n == 8 && ((s.m == 16 && (s.k == 16 || s.k == 32)) || (s.m == 8 && s.k == 16));
     }
     if (!shape) return false;
+    i.code = s.m | s.k << 8;
     size_t chunks = size_t(s.k) * a.bits / 32 / 4, sums = size_t(s.m) / 4;
     return parts(i.operands[0]) == sums / (d.bits == 16 ? 2 : 1) &&
            parts(i.operands[1]) == chunks * size_t(s.m) / 8 && parts(i.operands[2]) == chunks &&

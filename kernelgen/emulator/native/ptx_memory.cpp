@@ -8,7 +8,7 @@
 
 namespace emu::ptx {
 
-static void *address_in(bool shared, const Exec &exec, const Instr &instr, const Operand &memory) {
+void *address_in(bool shared, const Exec &exec, const Instr &instr, const Operand &memory) {
     uint64_t value = uint64_t(memory.number);
     Operand base = memory;
     base.form = Operand::kRegister;
@@ -16,7 +16,7 @@ static void *address_in(bool shared, const Exec &exec, const Instr &instr, const
     if (memory.slot != -1) value += exec.get(base, Type{kBits, 64, 1, 0});
     if (memory.second >= 0) value += exec.registers[memory.second];
     if (shared) return emu_shared_pointer(value, exec.line);
-    if (value < kDynamicWindow + kMaxDynamic)
+    if (value < kWindowEnd)
         emu_fail("bounds", exec.line, "0x%llx is no address of global memory in \"%s\"",
                  static_cast<unsigned long long>(value), instr.text.c_str());
     return reinterpret_cast<void *>(value);
@@ -26,7 +26,7 @@ void *address(const Exec &exec, const Instr &instr, const Operand &memory) {
     return address_in(instr.has_prefix("shared"), exec, instr, memory);
 }
 
-static void aligned(const Exec &e, const Instr &i, const void *p, size_t bytes) {
+void aligned(const Exec &e, const Instr &i, const void *p, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(p) % bytes)
         emu_fail("misaligned", e.line, "address %p in \"%s\" is not a multiple of %zu", p,
                  i.text.c_str(), bytes);

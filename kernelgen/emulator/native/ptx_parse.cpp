@@ -53,8 +53,17 @@ class Parser {
                 depth -= *p_ == '}';
                 if (!skip_comment()) statement += *p_++;
             }
+            for (size_t end; (end = label_end(statement));) {
+                labels_[statement.substr(0, statement.find_first_of(": \t\n"))] = site->code.size();
+                end = statement.find_first_not_of(" \t\n", end);
+                statement = end == std::string::npos ? "" : statement.substr(end);
+            }
             if (statement.compare(0, 4, ".reg") == 0) declare(statement);
-            else site->code.push_back(instruction(statement));
+            else if (!statement.empty()) site->code.push_back(instruction(statement));
+        }
+        for (auto &[number, name] : branches_) {
+            if (!labels_.count(name)) fail("no label " + name, site->code[number].text);
+            site->code[number].code = int(labels_[name]);
         }
         site->slots = slots_;
         return site;
@@ -63,7 +72,20 @@ class Parser {
   private:
     const char *p_; // what is left of the text, then of a statement
     int line_, slots_, inputs_;
+    size_t instructions_ = 0;
     std::unordered_map<std::string, int> names_;
+    std::unordered_map<std::string, size_t> labels_;       // number of the instruction behind each
+    std::vector<std::pair<size_t, std::string>> branches_; // numbers of those that jump, and where
+
+    // Behind the colon of "name:" at a statement's start, or 0.  A name may have %= in it.
+    static size_t label_end(const std::string &statement) {
+        size_t at = 0;
+        while (at < statement.size() && (is_name(statement[at]) || statement[at] == '=')) at++;
+        if (!at) return 0;
+        while (at < statement.size() && isspace(static_cast<unsigned char>(statement[at]))) at++;
+        bool colon = at < statement.size() && statement[at] == ':';
+        return colon && statement[at + 1] != ':' ? at + 1 : 0;
+    }
 
     bool skip_comment() {
         if (p_[0] != '/' || (p_[1] != '/' && p_[1] != '*')) return false;
@@ -199,12 +221,8 @@ class Parser {
         }
         std::string text = name();
         if (text.empty()) fail("an operand that is not understood", statement);
-        if (text == "_") {
-            o.form = Operand::kSink;
-            return o;
-        }
-        o.form = Operand::kRegister;
-        o.slot = reg(text, statement);
+        o.form = text == "_" ? Operand::kSink : Operand::kRegister;
+        if (text != "_") o.slot = reg(text, statement);
         if (*p_ == '|') {
             p_++;
             std::string other = name();
@@ -241,6 +259,12 @@ class Parser {
             Type t;
             if (parse_type(w, t)) instr.types.push_back(t);
         }
+        if (!instr.words.empty() && instr.words[0] == "bra") {
+            skip();
+            branches_.push_back({instructions_, p_});
+            p_ = "";
+        }
+        instructions_++;
         for (skip(); *p_; skip()) {
             instr.operands.push_back(operand(statement));
             skip();
@@ -249,7 +273,7 @@ class Parser {
         }
         p_ = rest;
         if (!instr.words.empty()) {
-            for (auto find : {find_arithmetic, find_memory, find_matrix}) {
+            for (auto find : {find_arithmetic, find_async, find_wgmma, find_memory, find_matrix}) {
                 instr.handler = find(instr);
                 if (instr.handler) return instr;
             }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.formats.codebooks import IQ4_NL, MXFP4
@@ -42,6 +44,15 @@ def register(fmt: BlockFormat) -> BlockFormat:
         raise FormatError(f"format {fmt.name} is already registered; choose another name")
     _by_name[fmt.name.lower()] = fmt
     return fmt
+
+
+def restore(written: dict[str, Any]) -> BlockFormat:
+    """The format of a description that came from another process: the registered one where that
+    is the same."""
+    known = _by_name.get(written["name"].lower())
+    if known is not None and known not in FORMATS and known.written() == written:
+        return known
+    return BlockFormat(**written)
 
 
 def unregister(name: str) -> None:

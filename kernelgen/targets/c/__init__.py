@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import Field
+from kernelgen.ir.expr import F32, Field, const
 from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
-from kernelgen.targets.c.dialect import ROWS, SCALAR
+from kernelgen.targets.c.attention import WALK as ATTENTION
+from kernelgen.targets.c.attention import mentions
+from kernelgen.targets.c.dialect import LANES, ROWS, SCALAR
+from kernelgen.targets.printer import Printer
 
 _SIZES = tuple(Argument(name, "size", "i64") for name in ("M", "N", "K"))
 _WEIGHTS = Argument("w", "in", "u8", ("TILED_ROWS", "ROW_BYTES"))
@@ -35,7 +40,10 @@ _RESERVED = frozenset(
     " bits_to_f32 blend_f32 blend_i32 blend_u32 dot_signed dot_unsigned each_row f16_at f32_at"
     " f32_to_bits gather i16_at interleave load_u16 load_u32 lookup quantize_block rows_f16"
     " rows_f32 rows_i16 rows_i8 rows_u16 rows_u32 rows_u8 splat_f32 splat_i32 splat_u32 spread"
-    " spread1 to_f32 to_i32 u16_at u32_at unsigned_to_f32 widen".split()
+    " spread1 to_f32 to_i32 u16_at u32_at unsigned_to_f32 widen"
+    " B CHUNK D DV FEW H HK KEYS K_ROW_BYTES LANE_IDS QUERIES S T TOGETHER VECTORS V_ROW_BYTES WIDE"
+    " a abs_f32 admitted arguments at_each exp_f32 first h key_elements last r row score"
+    " prefetch tanh_f32 v value_elements".split()
 )
 
 
@@ -92,13 +100,22 @@ def _table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
     return "uint8_t" if 0 <= lo and hi <= 255 else "int32_t"
 
 
-_C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i64": "int64_t"}
+def _scalar_f32(value: float) -> str:
+    """A constant of C."""
+    return Printer(SCALAR, str)(const(value, F32))
+
+
+_C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t"}
 
 
 def _parameters(kernel: Kernel) -> str:
     """The parameter list of a kernel's prototype."""
+    return _parameters_of(kernel.arguments)
+
+
+def _parameters_of(arguments: Iterable[Argument]) -> str:
     parts = []
-    for one in kernel.arguments:
+    for one in arguments:
         pointer = "" if one.role == "size" else "*"
         const = "const " if one.role == "in" else ""
         parts.append(f"{const}{_C_TYPES[one.dtype]} {pointer}{one.name}")
@@ -159,14 +176,20 @@ TARGET = Target(
             ),
             symbols=_SYMBOLS,
         ),
+        ATTENTION,
     ),
-    dialects={"scalar": SCALAR, "rows": ROWS},
+    dialects={"scalar": SCALAR, "rows": ROWS, "lanes": LANES},
     capabilities=Capabilities(lanes=8, registers=16),
     indexes=(("kernelgen.h.j2", "kernelgen.h"),),
     support_files=(
         "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
+        "words_flash.h",
     ),
-    globals={"element_type": _element_type, "parameters": _parameters, "table_type": _table_type},
+    globals={
+        "c_types": _C_TYPES, "element_type": _element_type, "mentions": mentions,
+        "parameters": _parameters, "parameters_of": _parameters_of, "scalar_f32": _scalar_f32,
+        "table_type": _table_type,
+    },
     reserved=_RESERVED,
     variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
 )  # fmt: skip

@@ -246,7 +246,7 @@ def _build(compiler: Compiler, options: Sequence[str], kernel: Kernel, path: Pat
                 kept = path.with_suffix(".c")
                 _replace(kept, kernel.source.encode())
                 raise CompileError(
-                    f"{compiler.version} rejected {kernel.op} {kernel.format.name}"
+                    f"{compiler.version} rejected {kernel.op} {kernel.subject.name}"
                     f" (source kept in {kept}): {said or f'exit status {done.returncode}'}"
                 )
             if said:

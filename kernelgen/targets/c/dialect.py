@@ -1,7 +1,8 @@
 """The words of C11.
 
-Two dialects: `scalar`, plain C on one element, and `rows`, the vector types and words of
-`words.h`, in which a value belongs to each of LANES rows and ordinary operators work on all.
+Three dialects: `scalar`, plain C on one element; `rows`, the vector types and words of `words.h`,
+in which a value belongs to each of LANES rows and ordinary operators work on all; and `lanes`, the
+same where lanes follow one another: elements of a row, or keys.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernelgen.ir.expr import BOOL, Expr
-from kernelgen.targets.base import ATOM, Dialect, Printer, varies
+from kernelgen.ir.expr import BOOL, I32, SHIFTS, Expr, const, walk
+from kernelgen.ir.rules import simplify, sum_terms
+from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
 
 _OPERATORS = {"//": "/"}
 
 _COMMON = {
     "constant.f32": "{x}f",
     "constant.u32": "{x}u",
+    "constant.special": "bits_to_f32({x})",
     "select": "({condition} ? {a} : {b})",
 }
 
@@ -49,6 +52,7 @@ SCALAR = Dialect(
         "bitcast.i32>u32": "(uint32_t)({x})",
         "bitcast.u32>i32": "(int32_t)({x})",
         "blend": "({condition} ? {a} : {b})",
+        "element": "{name}[{index}]",
         "min": "({a} < {b} ? {a} : {b})",
         "max": "({a} < {b} ? {b} : {a})",
         "table": "{table}[{index}]",
@@ -72,27 +76,39 @@ class RowsPrinter(Printer):
         super().__init__(dialect, tables, rename)
         self._scalar = Printer(SCALAR, tables, rename)
 
+    def varies(self, expr: Expr) -> bool:
+        """Whether lanes have values of their own."""
+        return varies(expr)
+
     def vector(self, expr: Expr) -> str:
         """A vector, also of what is the same in all rows."""
         text = self(expr)
-        return text if varies(expr) else f"splat_{expr.dtype.value}({text})"
+        if self.varies(expr):
+            return text
+        if expr.dtype is BOOL:  # true is -1 in a vector
+            return f"splat_i32(-({text}))"
+        return f"splat_{expr.dtype.value}({text})"
 
     def _print(self, expr: Expr) -> tuple[str, int]:
-        if not varies(expr):
+        if not self.varies(expr):
             return self._scalar._print(expr)
         op, args = expr.op, expr.args
         if op in ("min", "max"):
             chosen = args if op == "min" else args[::-1]
             return self._print(Expr("select", expr.dtype, (Expr("<", BOOL, args), *chosen)))
-        if op == "select" and expr.dtype is BOOL:
-            if [a.attr for a in args[1:]] == [False, True]:
-                return f"({self(args[0])} == 0)", ATOM
-        elif op == "select":
-            condition, a, b = self(args[0]), self.vector(args[1]), self.vector(args[2])
-            if not varies(args[0]):
-                return self._dialect.word("select").format(condition=condition, a=a, b=b), ATOM
-            return f"blend_{expr.dtype.value}({condition}, {a}, {b})", ATOM
+        if op == "select" and [a.attr for a in args[1:]] == [False, True]:
+            text, level = self._print(args[0])
+            return f"({text if level == ATOM else f'({text})'} == 0)", ATOM
+        if op == "select":
+            return self._select(expr), ATOM
         return super()._print(expr)
+
+    def _select(self, expr: Expr) -> str:
+        condition, a, b = self(expr.args[0]), self.vector(expr.args[1]), self.vector(expr.args[2])
+        if not self.varies(expr.args[0]):
+            return self._dialect.word("select").format(condition=condition, a=a, b=b)
+        name = "i32" if expr.dtype is BOOL else expr.dtype.value
+        return f"blend_{name}({condition}, {a}, {b})"
 
 
 ROWS = Dialect(
@@ -131,4 +147,83 @@ ROWS = Dialect(
     },
     _OPERATORS,
     RowsPrinter,
+)
+
+
+#: runs over elements that follow one another; how many depends on the vectors that there are
+LANE = Expr("var", I32, attr=("lane", 0, 15))
+#: the first of them
+FIRST = Expr("var", I32, attr=("first", 0, 15))
+_VARY = frozenset(("lane", "k", "s"))
+_SIZES = {"u16": 2, "i16": 2, "u32": 4, "f16": 2, "f32": 4}
+
+
+class LanesPrinter(RowsPrinter):
+    """Prints, as a vector, what depends on `lane`, a number from the walk's `first` on, or on the
+    walk's vectors `k` and `s`."""
+
+    def varies(self, expr: Expr) -> bool:
+        """Whether one of these occurs in it."""
+        return any(node.op == "var" and node.attr[0] in _VARY for node in walk(expr))
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        if not self.varies(expr):
+            return super()._print(expr)
+        op, args = expr.op, expr.args
+        if expr is LANE:
+            return "(LANE_IDS + first)", ATOM
+        if op == "load":
+            return self._load(expr), ATOM
+        if op == "element":
+            return f"gather({self._rename(expr.attr)}, {self(args[0])})", ATOM
+        # a number that is the same in all lanes need not be a vector beside one, but for these
+        if op in SHIFTS or (len(args) == 2 and args[0].dtype is BOOL):
+            sides = [self._side(a) for a in args]
+            return f"({sides[0]} {self._dialect.operators.get(op, op)} {sides[1]})", ATOM
+        return super()._print(expr)
+
+    def _side(self, expr: Expr) -> str:
+        text, level = (self.vector(expr), ATOM) if not self.varies(expr) else self._print(expr)
+        return text if level == ATOM else f"({text})"
+
+    def _load(self, expr: Expr) -> str:
+        storage, field = expr.attr.storage.name, self._rename(expr.attr.name)
+        base = _beside_lane(expr.args[0])
+        if base is None:
+            index = self(expr.args[0])
+            if storage in ("u8", "i8"):
+                return f"gather({field}, {index})"
+            return f"at_each({storage}_at, {field}, {index}, {expr.dtype.value}v)"
+        at = self(simplify(base + FIRST))
+        size = _SIZES.get(storage, 1)
+        scaled = f"{size} * ({at})" if size > 1 else at
+        return f"rows_{storage}((const uint8_t *)({field} + {scaled}), 0)"
+
+
+def _beside_lane(index: Expr) -> Expr | None:
+    """What is added to the lane, where an index is such a sum."""
+    rest = const(0, I32)
+    found = 0
+    for term in sum_terms(index):
+        if term is LANE:
+            found += 1
+        elif any(node is LANE for node in walk(term)):
+            return None
+        else:
+            rest = rest + term
+    return rest if found == 1 else None
+
+
+LANES = Dialect(
+    {
+        **ROWS.words,
+        "cast.bool>i32": "(({x}) & 1)",
+        "cast.bool>u32": "(u32v)(({x}) & 1)",
+        "cast.bool>f32": "to_f32(({x}) & 1)",
+        "call.abs": "abs_f32({x})",
+        "call.exp": "exp_f32({x})",
+        "call.tanh": "tanh_f32({x})",
+    },
+    _OPERATORS,
+    LanesPrinter,
 )

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,19 @@ class CRuntime:
 
         return run_with_scratch
 
+    def attention(
+        self, kernel: Kernel
+    ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
+        """A function of q (B, H, T, D), k, v, the operands by name, and y, which it fills."""
+        program = self.program(kernel)
+        kind = kernel.subject
+
+        def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
+            arrays, sizes = attention_arguments(kind, q, k, v, operands)
+            program.function(*map(_address, (q, k.data, v.data, y, *arrays)), *sizes)
+
+        return run
+
     def program(self, kernel: Kernel) -> CProgram:
         """The kernel, compiled and loaded; safe under many threads and processes."""
         program = self._programs.get(kernel.hash)
@@ -246,6 +259,21 @@ class CRuntime:
             made = CProgram(library(kernel, self.isa.flags), kernel)
             program = self._programs.setdefault(kernel.hash, made)
         return program
+
+
+def attention_arguments(
+    kind: Any, q: Array, k: Weights, v: Weights, operands: Mapping[str, Array]
+) -> tuple[list[Array], list[int]]:
+    """The arrays that come after q, k, v and y, and the sizes, in the kernel's order: of a kernel
+    whose subject, an `Attention`, is `kind`."""
+    names = [*(["sinks"] if kind.sinks else []), *(one.name for one in kind.operands)]
+    arrays = [operands[name] for name in names]
+    sizes = [*q.shape[:2], k.shape[1], q.shape[2], k.shape[2]]
+    for one in kind.operands:
+        array = operands[one.name]
+        steps = [step // array.itemsize for step in array.strides]
+        sizes += [step if n > 1 else 0 for n, step in zip(array.shape, steps, strict=True)]
+    return arrays, sizes
 
 
 def _aligned(size: int) -> Array:

@@ -35,6 +35,10 @@
 #define NEON 0
 #endif
 
+#if LANES > 4
+#include <immintrin.h>
+#endif
+
 // UNROLL is for the loops over words and elements, UNROLL_GROUPS for the loop around them: it makes
 // shifts of group integers constant.
 #if LANES == 4 && !NEON
@@ -53,11 +57,20 @@
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
 #define PARALLEL _Pragma("omp parallel")
 #define FOR _Pragma("omp for schedule(static)")
+// Whoever is free takes the next `count` turns.
+#define FOR_FREE(count) PRAGMA(omp for schedule(dynamic, count))
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #else
 #define PARALLEL_FOR
 #define PARALLEL
 #define FOR
+#define FOR_FREE(count)
 #endif
+
+// Asks for bytes that are read soon; there need not be any.
+INLINE void prefetch(const uint8_t *from, ptrdiff_t bytes) {
+    for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
 
 // ---- one element ----------------------------------------------------------------------------
 
@@ -68,6 +81,13 @@ INLINE uint32_t f32_to_bits(float x) { uint32_t y; memcpy(&y, &x, 4); return y; 
 
 // Exact, subnormals and NaN included, also in a process that flushes subnormal floats to zero.
 INLINE float f16_to_f32(uint16_t h) {
+#if defined(__F16C__) && LANES > 4
+    return _cvtsh_ss(h);
+#elif NEON
+    __fp16 x;
+    memcpy(&x, &h, sizeof x);
+    return (float)x;
+#else
     const uint32_t magnitude = (uint32_t)(h & 0x7FFF) << 13;
     const uint32_t normal = magnitude + (112u << 23);
     // a leading bit puts the digits of a subnormal into place, and is taken away again
@@ -76,6 +96,7 @@ INLINE float f16_to_f32(uint16_t h) {
     const uint32_t exponent = h & 0x7C00;
     const uint32_t bits = exponent == 0 ? subnormal : exponent == 0x7C00 ? infinite : normal;
     return bits_to_f32(bits | (uint32_t)(h & 0x8000) << 16);
+#endif
 }
 
 // Element `index` of a field: `field` points at the field's first byte.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
+import tempfile
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +15,17 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.cuda import CAPABILITIES
+from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
 from kernelgen.targets.emulated import EmulatedRuntime
+
+#: features of `Capabilities`, and the compute capability (times ten) that brought them
+_SINCE = {"half2": 60, "dot": 61, "mma": 80}
+#: those of one architecture alone, which must be compiled for it by name
+_ONLY = {"wgmma": 90}
+
+#: bytes of shared memory that any launch may use
+_WITHOUT_ASKING = 49152
 
 
 class CupyDriver:
@@ -44,13 +57,39 @@ class CupyDriver:
     def program(self, kernel: Kernel) -> Any:
         """The kernel, compiled for this device."""
         options = ("--std=c++17",) if kernel.contract else ("--std=c++17", "--fmad=false")
-        try:
+        special = [_ONLY[name] for name in kernel.features if name in _ONLY]
+        if special:
+            module = self._special(kernel, (*options, f"-arch=sm_{special[0]}a"))
+        else:
             module = self._cupy.RawModule(code=kernel.source, options=options)
-            return module.get_function(kernel.entry)
+        try:
+            function = module.get_function(kernel.entry)
         except self._cupy.cuda.compiler.CompileException as error:
-            raise CompileError(
-                f"NVRTC rejected {kernel.op} {kernel.format.name}: {error}"
-            ) from error
+            raise _rejected(kernel, str(error)) from error
+        launch = kernel.walk.launch(kernel.config, kernel.subject)
+        shared_bytes = launch.shared_bytes if launch else 0
+        if shared_bytes > _WITHOUT_ASKING:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        return function, shared_bytes
+
+    def _special(self, kernel: Kernel, options: tuple[str, ...]) -> Any:
+        """A module for an architecture by name, which cupy does not ask the compiler for."""
+        from cupy_backends.cuda.libs import nvrtc
+
+        program = nvrtc.createProgram(kernel.source, f"{kernel.entry}.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, options)
+            binary = nvrtc.getCUBIN(program)
+        except nvrtc.NVRTCError as error:
+            raise _rejected(kernel, nvrtc.getProgramLog(program) or str(error)) from error
+        finally:
+            nvrtc.destroyProgram(program)
+        with tempfile.TemporaryDirectory(prefix="kernelgen-") as folder:
+            path = Path(folder) / f"{kernel.entry}.cubin"
+            path.write_bytes(binary)
+            module = self._cupy.RawModule(path=str(path))
+            module.compile()  # loads the file
+        return module
 
     def launch(
         self,
@@ -61,8 +100,22 @@ class CupyDriver:
         sizes: Sequence[int],
     ) -> None:
         """Start a grid on the current stream."""
+        function, shared_bytes = program
         arguments = (*buffers, *(np.uint32(s) for s in sizes))
-        program((groups[0], groups[1], 1), (threads, 1, 1), arguments)
+        function((groups[0], groups[1], 1), (threads, 1, 1), arguments, shared_mem=shared_bytes)
+
+
+def features_of(chip: int) -> frozenset[str]:
+    """Features of `Capabilities` that a compute capability, times ten, has."""
+    since = (name for name, first in _SINCE.items() if chip >= first)
+    return frozenset((*since, *(name for name, only in _ONLY.items() if chip == only)))
+
+
+def _rejected(kernel: Kernel, said: str) -> CompileError:
+    """The error for a kernel that NVRTC does not take, with the line that it complains about."""
+    found = re.search(r"\((\d+)\): (?:catastrophic )?error: (.*)", said)
+    line, message = (int(found[1]), found[2]) if found else (None, said)
+    return rejected("NVRTC", kernel, message, line)
 
 
 class CudaRuntime(DeviceRuntime):
@@ -87,10 +140,12 @@ class CudaRuntime(DeviceRuntime):
         import cupy
 
         attributes = cupy.cuda.Device().attributes
+        chip = 10 * attributes["ComputeCapabilityMajor"] + attributes["ComputeCapabilityMinor"]
         return Capabilities(
             max_threads=int(attributes["MaxThreadsPerBlock"]),
             shared_bytes=int(attributes["MaxSharedMemoryPerBlock"]),
-            features=frozenset({"dot"}),
+            launch_bytes=int(attributes["MaxSharedMemoryPerBlockOptin"]),
+            features=features_of(chip),
         )
 
     def describe(self) -> list[dict[str, Any]]:
@@ -132,6 +187,6 @@ def why_not() -> str | None:
 def runtime(variant: str = "") -> DeviceRuntime:
     """The runtime of the current CUDA device, or of the emulator (variant "emulated")."""
     if variant == "emulated":
-        caps = Capabilities(max_threads=1024, shared_bytes=49152, features=frozenset({"dot"}))
-        return EmulatedRuntime("cuda", "cuda", caps)
+        features = CAPABILITIES.features | {"wgmma"}
+        return EmulatedRuntime("cuda", "cuda", dataclasses.replace(CAPABILITIES, features=features))
     return CudaRuntime()

@@ -9,9 +9,11 @@ import textwrap
 from kernelgen.config import Capabilities, NoConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, Field
-from kernelgen.targets.base import Argument, Printer, Target, Walk
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.base import Argument, Target, Walk
 from kernelgen.targets.numpy.dialect import ARRAYS, statement
-from kernelgen.targets.numpy.steps import ArraySteps, array_steps
+from kernelgen.targets.numpy.steps import ArraySteps, array_steps, attention_steps
+from kernelgen.targets.printer import Printer
 
 _WEIGHTS = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
 _X = Argument("x", "in", "f32", ("M", "K"))
@@ -40,6 +42,25 @@ def _integer_codes(fmt: BlockFormat) -> str | None:
     if fmt.float_codes:
         return f"elements of {fmt.name} are floats, which have no integer dot product"
     return None
+
+
+_ATTENTION_SYMBOLS = {
+    "B": "batches", "H": "heads of q", "HK": "heads of k and v", "T": "queries", "S": "keys",
+    "D": "elements of a head", "DV": "elements of a value",
+    "K_BYTES": "bytes of a row of blocks of k", "V_BYTES": "bytes of a row of blocks of v",
+}  # fmt: skip
+
+
+def _attention_operands(kind: Attention) -> tuple[Argument, ...]:
+    """Arrays that score and mask read, of any shape, and sinks."""
+    found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
+    return (*found, *([Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []))
+
+
+def _given(arguments: tuple[Argument, ...]) -> str:
+    """Operands as they are handed on."""
+    first = [a.name for a in arguments if a.role == "in" and a.name not in ("q", "k", "v")]
+    return "".join(f", {name}" for name in first)
 
 
 def _matmul(op: str, precision: str) -> Walk:
@@ -133,12 +154,23 @@ TARGET = Target(
         _matmul("matvec", "fp32"),
         _matmul("matmul", "int8"),
         _matmul("matmul", "fp32"),
+        Walk(
+            "plain", "attention", "fp32", "attention.py.j2", NoConfig,
+            (
+                Argument("q", "in", "f32", ("B", "H", "T", "D")),
+                Argument("k", "in", "u8", ("B", "HK", "S", "K_BYTES")),
+                Argument("v", "in", "u8", ("B", "HK", "S", "V_BYTES")),
+                Argument("y", "result", "f32", ("B", "H", "T", "DV")),
+            ),
+            symbols=_ATTENTION_SYMBOLS, steps=attention_steps, operands=_attention_operands,
+            kind=Attention,
+        ),
     ),
     dialects={"arrays": ARRAYS},
     capabilities=Capabilities(),
     globals={
-        "of_elements": _of_elements, "prose": _prose, "read": _read, "statement": statement,
-        "table": _table,
+        "given_to": _given, "of_elements": _of_elements, "prose": _prose, "read": _read,
+        "statement": statement, "table": _table,
     },
     reserved=_RESERVED,
     prefix="",

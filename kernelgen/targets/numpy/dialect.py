@@ -22,8 +22,8 @@ from kernelgen.ir.expr import (
     rebuild,
 )
 from kernelgen.ir.ranges import interval
-from kernelgen.targets.base import ATOM, Dialect, Printer, varies
-from kernelgen.targets.base import statement as statement
+from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
+from kernelgen.targets.printer import statement as statement
 
 _TYPES: dict[DType, str] = {BOOL: "bool_", I32: "int32", U32: "uint32", F32: "float32"}
 
@@ -107,6 +107,7 @@ ARRAYS = Dialect(
         "min": "np.minimum({a}, {b})",
         "max": "np.maximum({a}, {b})",
         "table": "{table}[{index}]",
+        "element": "{name}.reshape(-1)[{index}]",
         "call.abs": "np.abs({x})",
         "call.rsqrt": "(1 / np.sqrt({atom}.astype(np.float64))).astype(np.float32)",
         **{f"call.{f}": _double(f"np.{f}") for f in ("exp", "log", "sqrt", "tanh", "sin", "cos")},

@@ -6,7 +6,7 @@ import functools
 import linecache
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,18 @@ class NumpyRuntime:
     def prepare(self, kernel: Kernel, w: Weights) -> Array:
         """The native blocks."""
         return w.data
+
+    def attention(
+        self, kernel: Kernel
+    ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
+        """A function of q, k, v, operands by name, and y, which it fills."""
+        function = self.function(kernel)
+        names = [a.name for a in kernel.walk.operands(kernel.subject)]
+
+        def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
+            y[...] = function(q, k.data, v.data, *(operands[name] for name in names))
+
+        return run
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
         """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""

@@ -22,6 +22,7 @@ from kernelgen.ir.expr import (
     var,
     walk,
 )
+from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.rules import simplify
 
 
@@ -98,6 +99,27 @@ def array_steps(fmt: BlockFormat, config: Config) -> ArraySteps:
         code=code,
         bias=fmt.bias,
     )
+
+
+@dataclass(frozen=True)
+class AttentionSteps:
+    """What attention computes: the decoders of K and V, score and mask."""
+
+    k: ArraySteps
+    v: ArraySteps
+    score: Expr | None
+    mask: Expr | None
+
+    @property
+    def uses_positions(self) -> bool:
+        """Whether score or mask read where they are."""
+        return self.score is not None or self.mask is not None
+
+
+def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
+    """The steps of a kind of attention."""
+    score, mask = (None if e is None else simplify(e) for e in (kind.score, kind.mask))
+    return AttentionSteps(array_steps(kind.k, config), array_steps(kind.v, config), score, mask)
 
 
 def _index(name: str, count: int) -> Expr:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kernelgen.targets.base import Argument, Dialect
+from kernelgen.targets.base import Argument
+from kernelgen.targets.printer import Dialect
 from kernelgen.targets.simt import table_type
 
 MEMORY = Dialect(
@@ -36,23 +37,25 @@ MEMORY = Dialect(
             f"call.{n}": f"{n}({{x}})"
             for n in ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "erf")
         },
+        "not": "!({x})",
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
-        "fetch.u8.1": "i32(w[{address}])",
-        "fetch.i8.1": "i32(as_char(w[{address}]))",
-        "fetch.u16.1": "i32(u16_bytes(w + ({address})))",
-        "fetch.u16.2": "i32(u16_aligned(w + ({address})))",
-        "fetch.i16.1": "i32(as_short(u16_bytes(w + ({address}))))",
-        "fetch.i16.2": "i32(as_short(u16_aligned(w + ({address}))))",
-        "fetch.u32.1": "u32_bytes(w + ({address}))",
-        "fetch.u32.2": "u32_halves(w + ({address}))",
-        "fetch.u32.4": "u32_aligned(w + ({address}))",
-        "fetch.f16.1": "f16_bytes(w + ({address}))",
-        "fetch.f16.2": "f16_aligned(w + ({address}))",
-        "fetch.f32.1": "as_float(u32_bytes(w + ({address})))",
-        "fetch.f32.2": "as_float(u32_halves(w + ({address})))",
-        "fetch.f32.4": "as_float(u32_aligned(w + ({address})))",
+        "element": "{name}[{index}]",
+        "fetch.u8.1": "i32({buffer}[{address}])",
+        "fetch.i8.1": "i32(as_char({buffer}[{address}]))",
+        "fetch.u16.1": "i32(u16_bytes({buffer} + ({address})))",
+        "fetch.u16.2": "i32(u16_aligned({buffer} + ({address})))",
+        "fetch.i16.1": "i32(as_short(u16_bytes({buffer} + ({address}))))",
+        "fetch.i16.2": "i32(as_short(u16_aligned({buffer} + ({address}))))",
+        "fetch.u32.1": "u32_bytes({buffer} + ({address}))",
+        "fetch.u32.2": "u32_halves({buffer} + ({address}))",
+        "fetch.u32.4": "u32_aligned({buffer} + ({address}))",
+        "fetch.f16.1": "f16_bytes({buffer} + ({address}))",
+        "fetch.f16.2": "f16_aligned({buffer} + ({address}))",
+        "fetch.f32.1": "as_float(u32_bytes({buffer} + ({address})))",
+        "fetch.f32.2": "as_float(u32_halves({buffer} + ({address})))",
+        "fetch.f32.4": "as_float(u32_aligned({buffer} + ({address})))",
     },
     operators={"//": "/"},
 )

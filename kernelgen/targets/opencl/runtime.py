@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
-from kernelgen.targets.base import Array, Kernel
+from kernelgen.targets.base import EMULATED, Array, Kernel
 from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+from kernelgen.targets.emulated import EmulatedRuntime
 
 
 class _Program:
@@ -41,6 +42,8 @@ class OpenCLDriver:
         self._device = device
         self._context = cl.Context([device])
         self._queue = cl.CommandQueue(self._context)
+        self._profiling: Any = None
+        self._events: list[Any] | None = None
         # kernels address bytes with 32 bits
         self.largest = min(int(device.max_mem_alloc_size), 2**32 - 4)
 
@@ -76,7 +79,7 @@ class OpenCLDriver:
 
     def _standard(self, kernel: Kernel) -> str:
         """The oldest version of the language that has what the kernel needs."""
-        if not kernel.features:
+        if set(kernel.features) <= {"fp16"}:  # kept as bits: see words.cl
             return "-cl-std=CL1.2"
         newest = re.match(r"OpenCL (\d+)", self._device.version)
         return "-cl-std=CL3.0" if newest and int(newest[1]) >= 3 else "-cl-std=CL2.0"
@@ -92,9 +95,26 @@ class OpenCLDriver:
         """Start a grid."""
         kernel = program.kernel()
         kernel.set_args(*buffers, *(np.uint32(s) for s in sizes))
-        self._cl.enqueue_nd_range_kernel(
+        event = self._cl.enqueue_nd_range_kernel(
             self._queue, kernel, (groups[0] * threads, groups[1]), (threads, 1)
         )
+        if self._events is not None:
+            self._events.append(event)
+
+    def timed(self, call: Callable[[], None]) -> float:
+        """Seconds of the launches in a call, by their events; for one thread at a time."""
+        if self._profiling is None:
+            wanted = self._cl.command_queue_properties.PROFILING_ENABLE
+            self._profiling = self._cl.CommandQueue(self._context, properties=wanted)
+        plain = self._queue
+        events: list[Any] = []
+        self._queue, self._events = self._profiling, events
+        try:
+            call()
+            self._profiling.finish()
+        finally:
+            self._queue, self._events = plain, None
+        return float(sum(one.profile.end - one.profile.start for one in events)) * 1e-9
 
 
 def _complaint(log: str) -> tuple[str, int | None]:
@@ -142,18 +162,29 @@ class OpenCLRuntime(DeviceRuntime):
         return [
             {
                 "device": d.name.strip(),
+                "kind": _kind(d),
                 "platform": f"{d.platform.name} {d.platform.version}",
                 "version": d.version.strip(),
+                "driver": d.driver_version.strip(),
                 "compute_units": d.max_compute_units,
+                "memory": d.global_mem_size,
                 "max_threads": d.max_work_group_size,
                 "shared_bytes": d.local_mem_size,
                 "largest_buffer": d.max_mem_alloc_size,
                 "fp16_arithmetic": "cl_khr_fp16" in d.extensions,
+                "fp64": "cl_khr_fp64" in d.extensions,
                 **_features(d),
                 "threads_multiple": _threads_multiple(d),
             }
             for d in sorted(_devices(), key=lambda one: one != find_device())
         ]
+
+
+def _kind(device: Any) -> str:
+    import pyopencl as cl
+
+    kinds = {"CPU": cl.device_type.CPU, "GPU": cl.device_type.GPU}
+    return next((name for name, bit in kinds.items() if device.type & bit), "accelerator")
 
 
 def _features(device: Any) -> dict[str, bool]:
@@ -215,6 +246,14 @@ def _driver() -> OpenCLDriver:
 
 
 @functools.cache
-def runtime(variant: str = "") -> OpenCLRuntime:
-    """The runtime of the machine's OpenCL device."""
-    return OpenCLRuntime()
+def runtime(variant: str = "") -> DeviceRuntime:
+    """The runtime of the machine's OpenCL device, or of the emulator (variant "emulated")."""
+    return emulated() if variant == EMULATED else OpenCLRuntime()
+
+
+@functools.cache
+def emulated(subgroup: int = 32) -> EmulatedRuntime:
+    """The emulator as a device that has every extension, and subgroups of that many threads."""
+    features = frozenset({"fp16", "subgroups", "dot"})
+    caps = Capabilities(max_threads=256, shared_bytes=32768, features=features)
+    return EmulatedRuntime("opencl", "opencl", caps, subgroup)

@@ -40,8 +40,10 @@ inline int dot4(uint a, uint b, int sum) {
 %% if "dot" in features
     return sum + dot_4x8packed_ss_int(a, b);
 %% else
-    const char4 x = as_char4(a), y = as_char4(b);
-    return sum + x.s0 * y.s0 + x.s1 * y.s1 + x.s2 * y.s2 + x.s3 * y.s3;
+    // by shifts: compilers for CPUs turn these into vectors of words, but none of what is a vector
+    return sum + ((int)(a << 24) >> 24) * ((int)(b << 24) >> 24)
+               + ((int)(a << 16) >> 24) * ((int)(b << 16) >> 24)
+               + ((int)(a << 8) >> 24) * ((int)(b << 8) >> 24) + ((int)a >> 24) * ((int)b >> 24);
 %% endif
 }
 

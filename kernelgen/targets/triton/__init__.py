@@ -11,6 +11,7 @@ from kernelgen.config import (
     ProgramConfig,
     ProgramDotMatvecConfig,
     ProgramDotTileConfig,
+    ProgramHalfTileConfig,
     ProgramMatvecConfig,
     ProgramRowsConfig,
     ProgramTileConfig,
@@ -18,12 +19,11 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Target, Walk, statement
-from kernelgen.targets.triton.dialect import TENSORS, UNROLLED
-from kernelgen.targets.triton.steps import TensorSteps, tensor_steps
-
-#: threads of a warp, where a launch must name a number of threads
-WARP = 32
+from kernelgen.targets.base import Argument, Launch, Target, Walk
+from kernelgen.targets.printer import statement
+from kernelgen.targets.triton import attention
+from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, UNROLLED
+from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, tensor_steps
 
 #: groups of a block that a loop is unrolled over at most
 MOST_UNROLLED = 32
@@ -50,11 +50,6 @@ def _sizes(*names: str) -> tuple[Argument, ...]:
 
 
 # ---- sizes of tensors, which are powers of two ------------------------------------------------
-
-
-def padded(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
 
 
 def groups_of(elements: int, fmt: BlockFormat, least: int = 1) -> int:
@@ -158,6 +153,18 @@ def _prose(text: str) -> str:
     return "\n".join(textwrap.wrap(plain, 100))
 
 
+def _parameters(arguments: tuple[Argument, ...], indent: int) -> str:
+    """Names of arguments, in lines that are not too long."""
+    names, margin = ", ".join(a.name for a in arguments), " " * indent
+    return textwrap.fill(names, 99, initial_indent=margin, subsequent_indent=margin)
+
+
+def _head(entry: str, arguments: tuple[Argument, ...]) -> str:
+    """The line, or lines, that begin a function."""
+    line = f"def {entry}({', '.join(a.name for a in arguments)}):"
+    return line if len(line) <= 100 else f"def {entry}(\n{_parameters(arguments, 4)},\n):"
+
+
 # ---- walks ------------------------------------------------------------------------------------
 
 
@@ -188,7 +195,7 @@ def _product_launch(config: Config, fmt: BlockFormat) -> Launch:
     if isinstance(config, ProgramMatvecConfig):
         n, m = config.rows, config.columns
     else:
-        assert isinstance(config, ProgramTileConfig | ProgramDotTileConfig)
+        assert isinstance(config, ProgramHalfTileConfig | ProgramDotTileConfig)
         n, m = config.tile_n, config.tile_m
     return Launch((f"-(-N // {n})", f"-(-M // {m})"), _threads(config))
 
@@ -210,7 +217,7 @@ def _rows(op: str, count: str) -> Walk:
 
 
 def _product(op: str, precision: str, template: str, config: type[Config]) -> Walk:
-    inputs = (_X,) if precision == "fp32" else _quantized("in")
+    inputs = _quantized("in") if precision == "int8" else (_X,)
     result = Argument("y", "out", "f32", ("M", "N"))
     return Walk(
         name=f"{op}_{precision}", op=op, precision=precision, template=template, config=config,
@@ -237,15 +244,19 @@ TARGET = Target(
         _product("matvec", "int8", "matvec.py.j2", ProgramDotMatvecConfig),
         _product("matvec", "fp32", "matvec.py.j2", ProgramMatvecConfig),
         _product("matmul", "int8", "matmul_int8.py.j2", ProgramDotTileConfig),
-        _product("matmul", "fp32", "matmul_fp32.py.j2", ProgramTileConfig),
+        _product("matmul", "fp32", "matmul_float.py.j2", ProgramTileConfig),
+        _product("matmul", "fp16", "matmul_float.py.j2", ProgramHalfTileConfig),
+        *attention.WALKS,
     ),
-    dialects={"tensors": TENSORS, "numbers": UNROLLED},
+    dialects={"tensors": TENSORS, "numbers": UNROLLED, "positions": POSITIONS},
     capabilities=Capabilities(shared_bytes=65536),
     globals={
         "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "dense": _dense,
         "depth_of": depth_of, "dtypes": _DTYPES, "factor": _factor, "groups_of": groups_of,
+        "head": _head, "parameters": _parameters,
         "items_of": items_of, "meaning": _meaning, "padded": padded, "prose": _prose,
         "statement": statement, "sum_of": _sum_of, "unbiased": _unbiased, "unrolls": unrolls,
-        "whole_offset": _whole_offset,
+        "whole_offset": _whole_offset, **attention.GLOBALS,
     },
+    reserved=attention.RESERVED,
 )  # fmt: skip

@@ -9,10 +9,22 @@ zero and so serve only where nothing is negative; a >> follows the sign of what 
 from __future__ import annotations
 
 from kernelgen.errors import TargetError
-from kernelgen.ir.expr import BOOL, F32, I32, LOADS, SHIFTS, U32, Expr, cast, rebuild, walk
+from kernelgen.ir.expr import (
+    BOOL,
+    F32,
+    I32,
+    LOADS,
+    PRECEDENCE,
+    SHIFTS,
+    U32,
+    Expr,
+    cast,
+    rebuild,
+    walk,
+)
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
-from kernelgen.targets.base import ATOM, Dialect, Printer, varies
+from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
 
 _TYPES = {BOOL: "int1", I32: "int32", U32: "uint32", F32: "float32"}
 
@@ -123,6 +135,26 @@ class UnrolledPrinter(TensorPrinter):
     numbers = frozenset({"g"})
 
 
+class PositionPrinter(TensorPrinter):
+    """Expressions in positions, which read arrays: an element whose index is no good unless a
+    condition holds has the condition as a second argument."""
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        if expr.op == "element":
+            index, *guard = (self._bracketed(a) for a in expr.args)
+            safe = f", mask={guard[0]}, other=0" if guard else ""
+            return f"tl.load({self._rename(expr.attr)} + {index}{safe})", ATOM
+        return super()._print(expr)
+
+    def _select(self, expr: Expr) -> tuple[str, int]:
+        condition, a, b = expr.args
+        opposite = expr.dtype is BOOL and (a.op, b.op, a.attr, b.attr) == ("const",) * 2 + (0, 1)
+        if opposite and condition.op == "<" and condition.args[0].dtype.is_int:
+            left, right = (self._bracketed(x) for x in reversed(condition.args))
+            return f"{left} <= {right}", PRECEDENCE["<"]
+        return super()._select(expr)
+
+
 def _small(expr: Expr) -> bool:
     """Whether an integer is the same in i32 and u32."""
     lo, hi = interval(expr)
@@ -183,3 +215,6 @@ TENSORS = Dialect(_WORDS, printer=TensorPrinter)
 
 #: where `g` is a number when the kernel is compiled
 UNROLLED = Dialect(_WORDS, printer=UnrolledPrinter)
+
+#: where positions are tensors or numbers
+POSITIONS = Dialect(_WORDS, printer=PositionPrinter)

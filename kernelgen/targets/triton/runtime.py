@@ -308,7 +308,7 @@ def compile_ahead(kernel: Kernel, gpu: str) -> Binary:
     """The kernel compiled for a GPU that need not be there; see `compile_all`."""
     (result,) = compile_all([(kernel, gpu)])
     if isinstance(result, str):
-        raise CompileError(f"{kernel.op} {kernel.format.name} did not compile for {gpu}: {result}")
+        raise CompileError(f"{kernel.op} {kernel.subject.name} did not compile for {gpu}: {result}")
     return result
 
 

@@ -47,11 +47,19 @@ from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
 from kernelgen.ir.steps import group_var, word_var
 
+#: threads of a warp, where a launch must name a number of threads
+WARP = 32
+
 #: a table has no memory: it is a tree of selections, which must stay small
 LONGEST_TABLE = 64
 
 #: the variable that a code before its table is
 INDEX = var("index", 256)
+
+
+def padded(count: int) -> int:
+    """The next power of two, as axes of tensors have."""
+    return 1 << (count - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,7 @@ def tensor_steps(fmt: BlockFormat, layout: Layout, unrolled: bool = False) -> Te
     def lower(expr: Expr | None) -> Expr | None:
         if expr is None:
             return None
-        plain = simplify(_without_tables(simplify(transform(expr, _unnamed))))
-        return _pointed(_inside(plain, fmt, unrolled), fmt, layout, pointers)
+        return _pointed(_inside(plain(expr), fmt, unrolled), fmt, layout, pointers)
 
     if fmt.float_codes:
         values = lower(fmt.value_expr(var("i", fmt.block)))
@@ -165,6 +172,11 @@ def _named_words(expr: Expr | None) -> tuple[Expr | None, tuple[tuple[str, Expr]
         return expr, ()  # a branch that is not taken need not be loaded
     named = transform(expr, change)
     return named, tuple((name, node) for node, name in names.items())
+
+
+def plain(expr: Expr) -> Expr:
+    """The same in operations that the language has."""
+    return simplify(_without_tables(simplify(transform(expr, _unnamed))))
 
 
 def _unnamed(node: Expr) -> Expr | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kernelgen.targets.base import Argument, Dialect
+from kernelgen.targets.base import Argument
+from kernelgen.targets.printer import Dialect
 from kernelgen.targets.simt import table_type
 
 MEMORY = Dialect(
@@ -35,25 +36,31 @@ MEMORY = Dialect(
         "bitcast.u32>i32": "i32({x})",
         "min": "min({a}, {b})",
         "max": "max({a}, {b})",
+        # sinh / cosh, which some drivers make of it, overflow
+        "call.tanh": "tanh(clamp({x}, -10.0f, 10.0f))",
         "call.rsqrt": "inverseSqrt({x})",
-        **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "tanh", "sin", "cos", "abs")},
+        **{f"call.{n}": f"{n}({{x}})" for n in ("exp", "log", "sqrt", "sin", "cos", "abs")},
+        "not": "!({x})",
+        "constant.True": "true",
+        "constant.False": "false",
         "table": "{table}_of({index})",
         "lookup": "{table}_lookup({index})",
         "spread1": "spread1({x})",
-        "fetch.u8.1": "load_u8({address})",
-        "fetch.i8.1": "load_i8({address})",
-        "fetch.u16.1": "i32(load_u16({address}))",
-        "fetch.u16.2": "i32(load_u16({address}))",
-        "fetch.i16.1": "(i32(load_u16({address}) << 16u) >> 16u)",
-        "fetch.i16.2": "(i32(load_u16({address}) << 16u) >> 16u)",
-        "fetch.u32.1": "load_u32({address})",
-        "fetch.u32.2": "load_u32({address})",
-        "fetch.u32.4": "w[({address}) / 4u]",
-        "fetch.f16.1": "load_f16({address})",
-        "fetch.f16.2": "load_f16({address})",
-        "fetch.f32.1": "bitcast<f32>(load_u32({address}))",
-        "fetch.f32.2": "bitcast<f32>(load_u32({address}))",
-        "fetch.f32.4": "bitcast<f32>(w[({address}) / 4u])",
+        "element": "{name}[{index}]",
+        "fetch.u8.1": "load_u8{suffix}({address})",
+        "fetch.i8.1": "load_i8{suffix}({address})",
+        "fetch.u16.1": "i32(load_u16{suffix}({address}))",
+        "fetch.u16.2": "i32(load_u16{suffix}({address}))",
+        "fetch.i16.1": "(i32(load_u16{suffix}({address}) << 16u) >> 16u)",
+        "fetch.i16.2": "(i32(load_u16{suffix}({address}) << 16u) >> 16u)",
+        "fetch.u32.1": "load_u32{suffix}({address})",
+        "fetch.u32.2": "load_u32{suffix}({address})",
+        "fetch.u32.4": "{buffer}[({address}) / 4u]",
+        "fetch.f16.1": "load_f16{suffix}({address})",
+        "fetch.f16.2": "load_f16{suffix}({address})",
+        "fetch.f32.1": "bitcast<f32>(load_u32{suffix}({address}))",
+        "fetch.f32.2": "bitcast<f32>(load_u32{suffix}({address}))",
+        "fetch.f32.4": "bitcast<f32>({buffer}[({address}) / 4u])",
     },
     operators={"//": "/"},
 )

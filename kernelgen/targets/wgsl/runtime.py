@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,23 +194,29 @@ class WgpuRuntime(DeviceRuntime):
             return []
         import wgpu
 
-        every = wgpu.gpu.enumerate_adapters_sync()
+        with _without_display():
+            every = wgpu.gpu.enumerate_adapters_sync()
         return [_describe(a) for a in sorted(every, key=lambda one: one.info != found.info)]
 
 
 def _describe(adapter: Any) -> dict[str, Any]:
     limits, info = adapter.limits, adapter.info
+    size = _subgroup_size(adapter)
     return {
         "device": info.get("device"),
-        "backend": info.get("backend_type"),
         "kind": info.get("adapter_type"),
+        "backend": info.get("backend_type"),
         "driver": info.get("description"),
         "max_threads": limits.get("max-compute-invocations-per-workgroup"),
         "shared_bytes": limits.get("max-compute-workgroup-storage-size"),
-        "largest_buffer": limits.get("max-storage-buffer-binding-size"),
+        "largest_buffer": limits.get("max-buffer-size"),
+        "largest_binding": limits.get("max-storage-buffer-binding-size"),
         "fp16": "shader-f16" in adapter.features,
+        "fp64": "shader-f64" in adapter.features,
+        # naga writes the product out where the device has no instruction, and does not tell
+        "dot": True,
         "subgroups": "subgroup" in adapter.features,
-        "subgroup_size": _subgroup_size(adapter),
+        **({} if size is None else {"subgroup_size": size}),
     }
 
 
@@ -247,6 +255,21 @@ def _subgroup_size(adapter: Any) -> int | None:
         return None
 
 
+@contextlib.contextmanager
+def _without_display() -> Iterator[None]:
+    """While drivers look for devices: where no display server can be reached, say so to them, or
+    Mesa asks for one, and Wayland's library complains on stderr.  Nothing here draws."""
+    name = "XDG_RUNTIME_DIR"
+    if os.environ.get(name):
+        yield
+        return
+    os.environ[name] = os.devnull  # any absolute path under which there is no socket
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
 @functools.cache
 def find_adapter() -> Any:
     """The adapter to run on, or a sentence that says why there is none."""
@@ -255,7 +278,8 @@ def find_adapter() -> Any:
     except (ImportError, OSError) as error:
         return f"wgpu cannot be imported ({error}); pip install kernelgen[wgsl]"
     try:
-        return wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+        with _without_display():
+            return wgpu.gpu.request_adapter_sync(power_preference="high-performance")
     except Exception as error:  # wgpu raises plain RuntimeError, and panics as others
         said = (str(error).splitlines() or ["no reason given"])[0]
         return (

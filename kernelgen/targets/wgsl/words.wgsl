@@ -32,28 +32,29 @@ fn pack_bytes(a: i32, b: i32, c: i32, d: i32) -> u32 {
     return (u32(a) & 255u) | ((u32(b) & 255u) << 8u) | ((u32(c) & 255u) << 16u) | (u32(d) << 24u);
 }
 
-%% if arguments | selectattr("name", "equalto", "w") | list
-// The weights are bound as 32-bit words; addresses are in bytes.
-fn load_u8(address: u32) -> i32 { return i32((w[address / 4u] >> (address % 4u * 8u)) & 255u); }
-fn load_i8(address: u32) -> i32 { return (load_u8(address) << 24u) >> 24u; }
+%% for one in arguments if one.dtype == "u8"
+%% set of = "" if one.name == "w" else "_" ~ one.name
+// ${"The weights" if one.name == "w" else one.name} are bound as 32-bit words; addresses are in bytes.
+fn load_u8${of}(address: u32) -> i32 { return i32((${one.name}[address / 4u] >> (address % 4u * 8u)) & 255u); }
+fn load_i8${of}(address: u32) -> i32 { return (load_u8${of}(address) << 24u) >> 24u; }
 
 // Two words hold an unaligned one. The second is not read where the first holds it all, as it may
 // lie outside the buffer.
-fn load_u32(address: u32) -> u32 {
+fn load_u32${of}(address: u32) -> u32 {
     let at = address / 4u;
     let shift = address % 4u * 8u;
-    if (shift == 0u) { return w[at]; }
-    return (w[at] >> shift) | (w[at + 1u] << (32u - shift));
+    if (shift == 0u) { return ${one.name}[at]; }
+    return (${one.name}[at] >> shift) | (${one.name}[at + 1u] << (32u - shift));
 }
-fn load_u16(address: u32) -> u32 {
-    if (address % 4u == 3u) { return load_u32(address) & 0xFFFFu; }
-    return (w[address / 4u] >> (address % 4u * 8u)) & 0xFFFFu;
+fn load_u16${of}(address: u32) -> u32 {
+    if (address % 4u == 3u) { return load_u32${of}(address) & 0xFFFFu; }
+    return (${one.name}[address / 4u] >> (address % 4u * 8u)) & 0xFFFFu;
 }
 
 // Half precision to single, subnormals, infinities and NaN included, whatever the device does with
 // subnormals: the exponent is moved by a multiplication by 2^112.
-fn load_f16(address: u32) -> f32 {
-    let h = load_u16(address);
+fn load_f16${of}(address: u32) -> f32 {
+    let h = load_u16${of}(address);
     let magnitude = (h & 0x7FFFu) << 13u;
     var bits = bitcast<u32>(bitcast<f32>(magnitude) * 0x1p112f);
     if ((h & 0x7C00u) == 0u) { bits = bitcast<u32>(f32(h & 0x3FFu) * 0x1p-24f); }
@@ -61,4 +62,4 @@ fn load_f16(address: u32) -> f32 {
     return bitcast<f32>(bits | ((h & 0x8000u) << 16u));
 }
 
-%% endif
+%% endfor

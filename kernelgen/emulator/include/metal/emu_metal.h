@@ -7,6 +7,13 @@
 #define threadgroup __local
 #define constant __constant
 #define thread __private
+// OpenCL's keywords are names like any other
+#define local emu_name_local
+#define global emu_name_global
+#define generic emu_name_generic
+#define read_only emu_name_read_only
+#define write_only emu_name_write_only
+#define read_write emu_name_read_write
 #define __METAL__ 1
 #define __METAL_VERSION__ 310
 #define INFINITY __builtin_inff()
@@ -17,6 +24,9 @@
 #define M_PI_F 3.14159265358979323846f
 
 typedef __bf16 bfloat;
+EMU_VECTOR(bfloat, 2)
+EMU_VECTOR(bfloat, 3)
+EMU_VECTOR(bfloat, 4)
 
 // ---- constructors: vectors from numbers and vectors, converted; they are macros, since these
 // types cannot have constructors
@@ -25,6 +35,7 @@ template <class V> struct EmuLanes { enum { value = 1 }; };
 #define EMU_LANES(T, n) template <> struct EmuLanes<T##n> { enum { value = n }; };
 #define EMU_LANES_OF(T) EMU_LANES(T, 2) EMU_LANES(T, 3) EMU_LANES(T, 4)
 EMU_TYPES(EMU_LANES_OF)
+EMU_LANES_OF(bfloat)
 template <class R, class T, class A> static inline void emu_put(R &r, int &at, A a) {
     if constexpr (EmuLanes<A>::value == 1) r[at++] = (T)a;
     else
@@ -44,6 +55,9 @@ template <class R, class T, class... A> static inline R emu_make(A... a) {
 #define half2(...) emu_make<half2, half>(__VA_ARGS__)
 #define half3(...) emu_make<half3, half>(__VA_ARGS__)
 #define half4(...) emu_make<half4, half>(__VA_ARGS__)
+#define bfloat2(...) emu_make<bfloat2, bfloat>(__VA_ARGS__)
+#define bfloat3(...) emu_make<bfloat3, bfloat>(__VA_ARGS__)
+#define bfloat4(...) emu_make<bfloat4, bfloat>(__VA_ARGS__)
 #define int2(...) emu_make<int2, int>(__VA_ARGS__)
 #define int3(...) emu_make<int3, int>(__VA_ARGS__)
 #define int4(...) emu_make<int4, int>(__VA_ARGS__)
@@ -175,20 +189,22 @@ static inline ulong emu_place(int i, ulong pitch, ulong2 origin, bool across) {
     return across ? (origin.y + column) * pitch + origin.x + row
                   : (origin.y + row) * pitch + origin.x + column;
 }
+// inlined, so that what is found in them has the kernel's line
+#define EMU_INLINE static inline __attribute__((always_inline))
 #define EMU_MATRIX_MEMORY(space)                                                                   \
     template <class T>                                                                             \
-    static inline void simdgroup_load(__private typename EmuMatrix<T>::type &m, const space T *p, \
-                                      ulong pitch = 8, ulong2 origin = (ulong2)(0, 0),             \
-                                      bool across = false, EMU_LINE) {                             \
+    EMU_INLINE void simdgroup_load(__private typename EmuMatrix<T>::type &m, const space T *p,     \
+                                   ulong pitch = 8, ulong2 origin = (ulong2)(0, 0),                \
+                                   bool across = false, EMU_LINE) {                                \
         emu_vote(EMU_ANY, 0, 0, line); /* all lanes must be here */                                \
-        for (int i = 0; i < 2; i++) m[i] = p[emu_place(i, pitch, origin, across)];            \
+        for (int i = 0; i < 2; i++) m[i] = p[emu_place(i, pitch, origin, across)];                 \
     }                                                                                              \
     template <class T>                                                                             \
-    static inline void simdgroup_store(typename EmuMatrix<T>::type m, space T *p, ulong pitch = 8, \
-                                       ulong2 origin = (ulong2)(0, 0), bool across = false,        \
-                                       EMU_LINE) {                                                 \
+    EMU_INLINE void simdgroup_store(typename EmuMatrix<T>::type m, space T *p, ulong pitch = 8,    \
+                                    ulong2 origin = (ulong2)(0, 0), bool across = false,           \
+                                    EMU_LINE) {                                                    \
         emu_vote(EMU_ANY, 0, 0, line);                                                             \
-        for (int i = 0; i < 2; i++) p[emu_place(i, pitch, origin, across)] = m[i];            \
+        for (int i = 0; i < 2; i++) p[emu_place(i, pitch, origin, across)] = m[i];                 \
     }
 EMU_MATRIX_MEMORY(__global)
 EMU_MATRIX_MEMORY(__local)

@@ -1,0 +1,132 @@
+"""Attention on this machine's CPU against torch's scaled_dot_product_attention.
+
+    OMP_NUM_THREADS=2 python -m bench.attention [--repeats 15]
+
+One batch, 32 heads that share 8 of K and V, 128 elements.  Medians of interleaved repeats, in
+milliseconds; torch in each dtype and in each way that its call can be written, of which its best
+counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernelgen import targets
+from kernelgen.bench import busy, compare
+from kernelgen.generate import generate_walk
+from kernelgen.ir import formats
+from kernelgen.ir.ops.attention import Attention, Mask, causal, trace, window
+from kernelgen.targets.c.runtime import runtime, threads
+from kernelgen.tensor import QuantTensor, quantize
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+Calls = dict[str, Callable[[], Any]]
+
+
+def ours(t: int, k: QuantTensor, v: QuantTensor, q: np.ndarray, mask: Mask | None = None) -> Calls:
+    """A call of each walk of the C target for these."""
+    _, admitted = trace(None, mask)
+    kind = Attention(HEAD_DIM, k.format, v.format, mask=admitted)
+    target, reach = targets.get("c"), runtime()
+    calls: Calls = {}
+    for walk in target.walks:
+        if walk.op != "attention" or reach.capabilities().lacks(walk.features):
+            continue
+        config = walk.default(kind, reach.capabilities(), t)
+        run = reach.attention(generate_walk(walk, kind, target, config))
+        y = np.empty(q.shape, np.float32)
+        calls[f"kernelgen {k.format.name} {walk.precision}"] = lambda run=run, y=y: run(
+            q, k, v, {}, y
+        )
+    return calls
+
+
+def theirs(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_causal: bool) -> Calls:
+    """torch's call: with shared heads, with heads repeated before, and, for one query, with the
+    heads of a group as queries."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    group = HEADS // KV_HEADS
+    calls: Calls = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        tq, tk, tv = (torch.from_numpy(x).to(dtype) for x in (q, k, v))
+        calls[f"torch {name} shared"] = lambda a=(tq, tk, tv): attend(
+            *a, is_causal=is_causal, enable_gqa=True
+        )
+        repeated = (tq, *(x.repeat_interleave(group, 1) for x in (tk, tv)))
+        calls[f"torch {name} repeated"] = lambda a=repeated: attend(*a, is_causal=is_causal)
+        if q.shape[2] == 1:
+            grouped = (tq.reshape(1, KV_HEADS, group, HEAD_DIM), tk, tv)
+            calls[f"torch {name} grouped"] = lambda a=grouped: attend(*a)
+    return calls
+
+
+def data(t: int, s: int, fmt: str) -> tuple[np.ndarray, QuantTensor, QuantTensor]:
+    """q, k, v."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, HEADS, t, HEAD_DIM), np.float32)
+    k, v = (
+        quantize(rng.standard_normal((1, KV_HEADS, s, HEAD_DIM), np.float32), formats.get(fmt))
+        for _ in "kv"
+    )
+    return q, k, v
+
+
+def measure(calls: Calls, repeats: int) -> dict[str, float]:
+    """Medians, which are printed."""
+    found = {}
+    for name, timing in compare(calls, repeats).items():
+        found[name] = 1e3 * timing.median
+        print(f"  {name:28} {found[name]:9.2f}  (least {1e3 * timing.minimum:.2f})")
+    return found
+
+
+def against(title: str, mine: Calls, rival: Calls, repeats: int) -> None:
+    """Both, and how many times as long torch's best and each of its dtypes take."""
+    print(title)
+    found = measure(mine | rival, repeats)
+    for name in mine:
+        for dtype in ("float32", "bfloat16"):
+            best = min(ms for key, ms in found.items() if key.startswith(f"torch {dtype}"))
+            print(f"  {name}: torch's {dtype} takes {best / found[name]:.2f} times as long")
+
+
+def main() -> None:
+    """All comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(threads())
+    print(f"{threads()} threads, instruction set {runtime().isa.name}")
+    if (why := busy()) is not None:
+        print(why)
+    with torch.no_grad():
+        q, k, v = data(1024, 1024, "f16")
+        mine = ours(1024, k, v, q, causal)
+        rival = theirs(q, k.dequantize(), v.dequantize(), True)
+        against("prefill, 1024 queries, causal, f16", mine, rival, repeats)
+        mine = ours(1024, k, v, q, causal)
+        whole = {f"{name} full": call for name, call in ours(1024, k, v, q).items()}
+        print("causal and full")
+        found = measure(mine | whole, repeats)
+        for name in mine:
+            print(f"  {name}: causal takes {found[name] / found[name + ' full']:.3f} of full")
+        for fmt in ("q8_0", "q4_0", "f16"):
+            q, k, v = data(1, 8192, fmt)
+            rival = theirs(q, k.dequantize(), v.dequantize(), False)
+            against(f"decode, 8192 keys, {fmt}", ours(1, k, v, q), rival, repeats)
+        q, k, v = data(8192, 8192, "f16")
+        near = {f"{name} window": call for name, call in ours(8192, k, v, q, window(256)).items()}
+        print("8192 queries, window of 256 and full")
+        found = measure(near | ours(8192, k, v, q), max(1, repeats // 5))
+        for name in near:
+            print(f"  {name}: {found[name] / found[name.removesuffix(' window')]:.3f} of full")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Configurations of walks that go through tiles of rows with vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from kernelgen.config.base import Capabilities, Config, choice
+
+
+@dataclass(frozen=True)
+class RowTileConfig(Config):
+    """A tile of as many rows as a vector has lanes, times `columns` rows of activations.
+
+    columns   activations rows (columns of the product's transpose) that share one decoded word
+    layout    "interleaved": weights repacked once with `prepare`; "native": repacked tile by tile
+              inside the kernel
+    prefetch  blocks ahead of the one that is multiplied that are asked for from memory; 0: none,
+              the machine sees for itself
+    share     tiles that a thread takes at a time when it is free; 0: all threads have as many
+    """
+
+    columns: int = choice(4, 1, 2, 3, 4, 5, 6, 8, 10, 12)
+    prefetch: int = choice(0, 0, 1, 2, 4)
+    share: int = choice(0, 0, 1, 4)
+    layout: str = choice("interleaved", "interleaved", "native")
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Accumulators must fit the registers, or every step spills."""
+        needed = 2 * self.columns + 4
+        if needed > caps.registers:
+            return (
+                f"{self.columns} columns need {needed} vector registers, the device has"
+                f" {caps.registers}"
+            )
+        return None
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """As many columns as leave registers for the decode: 8 of 32, 4 of 16."""
+        return cls(columns=8 if caps.registers >= 32 else 4)

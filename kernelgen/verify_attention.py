@@ -1,0 +1,157 @@
+"""Runs attention against the numpy reference: what `kernelgen verify --op attention` does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.errors import KernelgenError
+from kernelgen.generate import generate_walk
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import F32, Expr, call, cast, where
+from kernelgen.ir.ops import attention as ops
+from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
+from kernelgen.problem import relative_error, tolerance
+from kernelgen.targets.base import Runtime, Target, Walk
+from kernelgen.tensor import QuantTensor, quantize
+from kernelgen.verify import Result
+
+Array = npt.NDArray[Any]
+
+SLOPES = ops.operand("slopes", "f32", 1)
+
+#: elements of heads
+HEAD_DIMS = (64, 80, 128, 256)
+
+#: queries; with as many keys for prefill, with more for decoding
+QUERIES = (1, 7, 64, 257)
+
+#: keys beyond the queries, when a cache is there
+_CACHED = 100
+
+
+def _soft_cap(s: Expr, b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
+    return 20.0 * call("tanh", s / 20.0)
+
+
+def _own_score(s: Expr, b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
+    return where(q - k < 5, s * 1.5, s - cast(F32, h) * 0.25)
+
+
+def _own_mask(b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
+    return ((q + k + b) % 3 < 2) & (k < q + 9)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of score and mask, and how many heads share one of K and V."""
+
+    name: str
+    score: Score | None = None
+    mask: Mask | None = None
+    operands: tuple[Operand, ...] = ()
+    sinks: bool = False
+    sharing: int = 1
+
+
+VARIANTS = (
+    Variant("full"),
+    Variant("causal", mask=ops.causal),
+    Variant("window", mask=ops.window(33)),
+    Variant("softcap", score=_soft_cap),
+    Variant("alibi", score=ops.alibi(SLOPES), mask=ops.causal, operands=(SLOPES,)),
+    Variant("gqa", mask=ops.causal, sharing=4),
+    Variant("own", score=_own_score, mask=_own_mask),
+    Variant("sinks", mask=ops.causal, sinks=True),
+)
+
+
+def kind_of(variant: Variant, fmt: BlockFormat, head_dim: int) -> Attention:
+    """The kind of attention of a variant."""
+    score, mask = ops.trace(variant.score, variant.mask)
+    return Attention(
+        head_dim, fmt, fmt, score=score, mask=mask, operands=variant.operands,
+        sinks=variant.sinks, label=variant.name,
+    )  # fmt: skip
+
+
+def verify(
+    target: Target,
+    formats: Iterable[BlockFormat],
+    *,
+    runtime: Runtime | None = None,
+    head_dims: Iterable[int] = HEAD_DIMS,
+    variants: Iterable[Variant] = VARIANTS,
+    queries: Iterable[int] = QUERIES,
+) -> Iterator[Result]:
+    """Run every kind of attention of a target with K and V in these formats."""
+    reach = runtime or target.runtime()
+    caps = reach.capabilities()
+    for fmt in formats:
+        for head_dim in head_dims:
+            if head_dim % fmt.block:
+                continue
+            for variant in variants:
+                kind = kind_of(variant, fmt, head_dim)
+                for one in (w for w in target.walks if w.op == "attention"):
+                    if one.accepts(kind) is None and not one.refuses(
+                        one.default(kind, caps), kind, caps
+                    ):
+                        yield _one(target, reach, one, variant, kind, tuple(queries))
+
+
+def _one(
+    target: Target, runtime: Runtime, one: Walk, variant: Variant, kind: Attention,
+    queries: tuple[int, ...],
+) -> Result:  # fmt: skip
+    errors: list[float] = []
+    problem = None
+    bound = tolerance(one.op, one.precision)
+    config = one.default(kind, runtime.capabilities())
+    try:
+        for t in queries:
+            config = one.default(kind, runtime.capabilities(), t)
+            run = runtime.attention(generate_walk(one, kind, target, config))
+            for s in (t, t + _CACHED):
+                errors.append(_error(run, variant, kind, t, s))
+        if max(errors) > bound:
+            problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
+    except KernelgenError as error:
+        problem = str(error)
+    return Result(
+        target.name, one.op, kind.name, one.precision, runtime.how(), config.as_dict(),
+        len(errors), max(errors, default=float("inf")), bound, None, None, problem,
+    )  # fmt: skip
+
+
+def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int) -> float:
+    q, k, v, arrays, want = _case(variant, kind, t, s)
+    y = np.full(want.shape, np.nan, np.float32)  # what is not written stays visible
+    run(q, k, v, arrays, y)
+    return relative_error(y, want)
+
+
+@functools.lru_cache(maxsize=64)
+def _case(
+    variant: Variant, kind: Attention, t: int, s: int
+) -> tuple[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array]:
+    """Inputs of two batches and four heads, and what they give."""
+    rng = np.random.default_rng(1000 * t + s)
+    heads = 4
+    shared = (2, heads // variant.sharing, s)
+    q = rng.standard_normal((2, heads, t, kind.head_dim), np.float32)
+    k = quantize(rng.standard_normal((*shared, kind.head_dim), np.float32), kind.k)
+    v = quantize(rng.standard_normal((*shared, kind.value_dim), np.float32), kind.v)
+    arrays: dict[str, Array] = {}
+    if variant.operands:
+        arrays["slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
+    sinks = rng.standard_normal(heads).astype(np.float32) if variant.sinks else None
+    want = ops.attention(kind, q, k.dequantize(), v.dequantize(), arrays, sinks)
+    if sinks is not None:
+        arrays["sinks"] = sinks
+    return q, k, v, arrays, want
