@@ -162,8 +162,8 @@ def test_fallback_is_logged(
 
     first, *others = api.target_list.PREFERENCE
     assert others, "nothing to fall back to"
-    runtime = api._runtime
-    monkeypatch.setattr(api, "_runtime", lambda n: Missing() if n == first else runtime(n))
+    runtime = api.runtime_of
+    monkeypatch.setattr(api, "runtime_of", lambda n: Missing() if n == first else runtime(n))
     api.default_target.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "kernelgen"):

@@ -283,7 +283,8 @@ def test_files_need_numpy_alone(tmp_path: Path) -> None:
     for name, text in sources().items():
         (tmp_path / name).write_text(text, "utf-8")
     for kernel in kernels(TARGET, ALL):
-        fmt, op = kernel.format, kernel.op
+        op, kind = kernel.op, kernel.subject
+        fmt = kind.k if op == "attention" else kind
         blocks = finite_blocks(fmt, 12)
         x = np.random.default_rng(5).standard_normal((3, 4 * fmt.block), np.float32)
         w = blocks.reshape(3, -1)
@@ -291,6 +292,11 @@ def test_files_need_numpy_alone(tmp_path: Path) -> None:
         given_: tuple[Array, ...] = {
             "dequantize": (blocks,), "get_rows": (w, rows), "quantize": (x,),
         }.get(op, (x, w))  # fmt: skip
+        if op == "attention":
+            q = np.random.default_rng(6).standard_normal((1, 4, 3, kind.head_dim), np.float32)
+            row = kind.head_dim // fmt.block
+            cache = finite_blocks(fmt, 14 * row).reshape(1, 2, 7, -1)
+            given_ = (q, cache, cache[:, :, ::-1])
         np.savez(tmp_path / f"{kernel.entry}.npz", *given_)
         here = RUNTIME.function(kernel)(*given_)
         wanted[kernel.entry] = here if isinstance(here, tuple) else (here,)

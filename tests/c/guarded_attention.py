@@ -32,7 +32,7 @@ def main(isa: str) -> int:
             for t, s, group in SHAPES:
                 q, k, v = tensors(one, t, s, group)
                 arrays = arrays_of(one, q.shape[1], s)
-                given, sizes = attention_arguments(kernel, q, k, v, arrays)
+                given, sizes = attention_arguments(one, q, k, v, arrays)
                 y = np.empty((*q.shape[:3], one.value_dim), np.float32)
                 (got,) = call(kernel, q, k.data, v.data, y, *given, *sizes)
                 calls += 1

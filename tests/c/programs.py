@@ -111,7 +111,7 @@ class ProgramRuntime:
         self, kernel: Kernel
     ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
         def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
-            arrays, sizes = attention_arguments(kernel, q, k, v, operands)
+            arrays, sizes = attention_arguments(kernel.subject, q, k, v, operands)
             self.call(kernel, q, k.data, v.data, y, *arrays, *sizes)
 
         return run

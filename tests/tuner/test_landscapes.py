@@ -94,6 +94,7 @@ def test_a_landscape_is_recorded_in_spite_of_noise_and_interruptions(
     assert min((o.seconds, n) for n, o in outcomes.items() if o.status == OK)[1] == every[0].id
 
 
+@pytest.mark.slow
 def test_samplers_are_compared_on_what_was_recorded(
     landscapes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

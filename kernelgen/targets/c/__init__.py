@@ -27,23 +27,28 @@ _SYMBOLS = {
 
 #: what C and the templates call something; a format's field of that name gets an underscore
 _RESERVED = frozenset(
-    "auto break case char const continue default do double else enum extern float for goto if"
-    " inline int long register restrict return short signed sizeof static struct switch typedef"
-    " union unsigned void volatile while"
-    " int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t size_t f32v i32v u32v"
-    " ACT BLOCK BLOCK_BYTES CHUNK COLUMNS COUNT FOR GROUP INLINE K LANES M N NULL PARALLEL"
-    " PARALLEL_FOR ROWS SIGNED_BIAS STEPS UNROLL UNROLL_GROUPS WORDS"
-    " at b block blocks c code codes columns count dot entry factor finite from g groups i ids j j0"
-    " k k0 l largest m magnitude n offset out part partial q repacked rounded row_bytes rows s"
-    " scale scratch store sum t tile tiles to top total u unit value values w wt x xd xm xq xs y ym"
-    " abort calloc free memcpy memset abs cos erf exp fabsf log rintf sin sqrt tanh"
-    " bits_to_f32 blend_f32 blend_i32 blend_u32 dot_signed dot_unsigned each_row f16_at f32_at"
-    " f32_to_bits gather i16_at interleave load_u16 load_u32 lookup quantize_block rows_f16"
-    " rows_f32 rows_i16 rows_i8 rows_u16 rows_u32 rows_u8 splat_f32 splat_i32 splat_u32 spread"
-    " spread1 to_f32 to_i32 u16_at u32_at unsigned_to_f32 widen"
-    " B CHUNK D DV FEW H HK KEYS K_ROW_BYTES LANE_IDS QUERIES S T TOGETHER VECTORS V_ROW_BYTES WIDE"
-    " a abs_f32 admitted arguments at_each exp_f32 first h key_elements last r row score"
-    " prefetch tanh_f32 v value_elements".split()
+    "ACT B BLOCK BLOCK_BYTES CHUNK COLUMNS COUNT D DV FEW FOR FOR_FREE GROUP H HK INFINITY "
+    "INLINE K KEYS K_ROW_BYTES LANES LANE_IDS M N NULL PADDED PARALLEL PARALLEL_FOR PART_FLOATS "
+    "QUERIES REST ROWS S SIGNED_BIAS SPLIT_KEYS STEPS T THREADS TILE_FLOATS TOGETHER UNROLL "
+    "UNROLL_GROUPS VECTORS V_ROW_BYTES WHOLE WIDE WORDS a abort abs abs_f32 add_packed "
+    "add_values admitted all all_admitted arguments at at_each auto b base begin beside "
+    "bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break c calloc case char code codes "
+    "columns combine const continue cos count decode_keys decode_values default do dot dot_keys "
+    "dot_signed dot_unsigned double each_row else entry enum erf exp exp_f32 exp_falling extern "
+    "f16_at f32_at f32_to_bits f32v fabsf factor few_rows finish finite first float floats for "
+    "free from g gather goto group groups h head heads hk i i16_at i32v ids if inline int "
+    "int16_t int32_t int64_t int8_t interleave j j0 k k0 k_from k_hi k_lo k_to key key_elements "
+    "keys kt l larger largest largest_lane last load_lanes load_u16 load_u32 log long lookup m "
+    "magnitude malloc many_rows memcpy memset mine most multiply_keys multiply_values n "
+    "none_admitted offset out p part partial parts prefetch q q_hi q_lo quantize_block r "
+    "register repacked restrict return rintf rounded row row_bytes rows rows_f16 rows_f32 "
+    "rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale score scratch short "
+    "shrink signed sin size_t sizeof some splat_f32 splat_i32 splat_u32 split splits spread "
+    "spread1 sqrt states static store store_lanes stride struct sum sum_of_lanes sums sums_of "
+    "switch t tanh tanh_f32 tile tiles to to_f32 to_i32 top total turn typedef u u16_at u32_at "
+    "u32v uint16_t uint32_t uint8_t uintptr_t union unit unsigned unsigned_to_f32 v value "
+    "value_elements values void volatile w weigh weight while whole widen width wt x xd xm xq "
+    "xs y ym".split()
 )
 
 

@@ -22,7 +22,7 @@ from kernelgen.ir.expr import (
     var,
     walk,
 )
-from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.ops.attention import Attention, reads
 from kernelgen.ir.rules import simplify
 
 
@@ -111,9 +111,9 @@ class AttentionSteps:
     mask: Expr | None
 
     @property
-    def uses_positions(self) -> bool:
-        """Whether score or mask read where they are."""
-        return self.score is not None or self.mask is not None
+    def reads(self) -> frozenset[str]:
+        """Variables of score and mask."""
+        return reads(self.score) | reads(self.mask)
 
 
 def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
