@@ -19,6 +19,7 @@ _HOME = {
          "register_format", "save", "source", "unregister_format"),
         "kernelgen.api",
     ),
+    **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from kernelgen.api import save as save
     from kernelgen.api import source as source
     from kernelgen.api import unregister_format as unregister_format
+    from kernelgen.api_attention import attention as attention
+    from kernelgen.api_attention import captured as captured
     from kernelgen.errors import KernelgenError as KernelgenError
     from kernelgen.ir.block import BlockFormat as BlockFormat
     from kernelgen.tensor import QuantTensor as QuantTensor

@@ -13,9 +13,11 @@ from kernelgen.ir.expr import (
     U32,
     Expr,
     bitcast,
+    call,
     cast,
     const,
     equal,
+    logical_not,
     maximum,
     minimum,
     table,
@@ -24,6 +26,6 @@ from kernelgen.ir.expr import (
 )
 
 __all__ = [
-    "BOOL", "F32", "I32", "U32", "BlockFormat", "Derived", "Expr", "bitcast", "cast", "const",
-    "equal", "maximum", "minimum", "table", "var", "where",
+    "BOOL", "F32", "I32", "U32", "BlockFormat", "Derived", "Expr", "bitcast", "call", "cast",
+    "const", "equal", "logical_not", "maximum", "minimum", "table", "var", "where",
 ]  # fmt: skip
