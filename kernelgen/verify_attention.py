@@ -16,7 +16,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Expr, call, cast, where
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
-from kernelgen.problem import relative_error, tolerance
+from kernelgen.problem import relative_error, rounded, tolerance
 from kernelgen.targets.base import Runtime, Target, Walk
 from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.verify import Result
@@ -118,7 +118,7 @@ def _one(
             config = one.default(kind, runtime.capabilities(), t)
             run = runtime.attention(generate_walk(one, kind, target, config))
             for s in (t, t + _CACHED):
-                errors.append(_error(run, variant, kind, t, s))
+                errors.append(_error(run, variant, kind, t, s, one.precision))
         if max(errors) > bound:
             problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
     except KernelgenError as error:
@@ -129,8 +129,8 @@ def _one(
     )  # fmt: skip
 
 
-def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int) -> float:
-    q, k, v, arrays, want = _case(variant, kind, t, s)
+def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int, precision: str) -> float:
+    q, k, v, arrays, want = _case(variant, kind, t, s, precision)
     y = np.full(want.shape, np.nan, np.float32)  # what is not written stays visible
     run(q, k, v, arrays, y)
     return relative_error(y, want)
@@ -138,9 +138,9 @@ def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int) -> float
 
 @functools.lru_cache(maxsize=64)
 def _case(
-    variant: Variant, kind: Attention, t: int, s: int
+    variant: Variant, kind: Attention, t: int, s: int, precision: str
 ) -> tuple[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array]:
-    """Inputs of two batches and four heads, and what they give."""
+    """Inputs of two batches and four heads, and what they give as a precision sees them."""
     rng = np.random.default_rng(1000 * t + s)
     heads = 4
     shared = (2, heads // variant.sharing, s)
@@ -151,7 +151,8 @@ def _case(
     if variant.operands:
         arrays["slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
     sinks = rng.standard_normal(heads).astype(np.float32) if variant.sinks else None
-    want = ops.attention(kind, q, k.dequantize(), v.dequantize(), arrays, sinks)
+    seen_q, seen_k, seen_v = (rounded(x, precision) for x in (q, k.dequantize(), v.dequantize()))
+    want = ops.attention(kind, seen_q, seen_k, seen_v, arrays, sinks)
     if sinks is not None:
         arrays["sinks"] = sinks
     return q, k, v, arrays, want

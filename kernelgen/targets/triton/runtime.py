@@ -367,12 +367,10 @@ def _request(kernel: Kernel, gpu: str) -> dict[str, Any]:
             f"{gpu!r} was asked for; a GPU is named as cuda:90 or hip:gfx942, for instance"
             f" {', '.join(GPUS)}"
         )
-    signature = {
-        a.name: "i32" if a.role == "size" else _POINTERS[a.dtype] for a in kernel.arguments
-    }
+    types = ["i32" if a.role == "size" else _POINTERS[a.dtype] for a in kernel.arguments]
     return {
         "gpu": gpu, "source": kernel.source, "file": file_of(kernel), "entry": kernel.entry,
-        "signature": signature, "options": options(kernel),
+        "types": types, "options": options(kernel),
     }  # fmt: skip
 
 
@@ -392,7 +390,7 @@ def _serve() -> None:
 
 
 def _compile(
-    gpu: str, source: str, file: str, entry: str, signature: dict[str, str],
+    gpu: str, source: str, file: str, entry: str, types: list[str],
     options: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     import triton
@@ -402,8 +400,9 @@ def _compile(
     kind, _, arch = gpu.partition(":")
     target = GPUTarget(kind, int(arch) if kind == "cuda" else arch, _WARPS[kind])
     # as a launch finds it: allocations are aligned, and sizes are multiples of 16
-    attributes = {(n,): [["tt.divisibility", 16]] for n in range(len(signature))}
+    attributes = {(n,): [["tt.divisibility", 16]] for n in range(len(types))}
     function = getattr(load(source, file), entry)
+    signature = dict(zip(function.arg_names, types, strict=True))
     made = triton.compile(
         ASTSource(function, signature, attrs=attributes), target=target, options=options
     )
