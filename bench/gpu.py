@@ -6,9 +6,10 @@
     python bench/gpu.py --quick --emulate   # without a GPU: a stand-in for cupy over the emulator
 
 It runs every CUDA and Triton kernel against numpy; measures what the device can do (bytes copied,
-multiplications by cuBLAS); times every format and walk at several numbers of rows of activations,
-over so many copies of the weights that no cache holds them, on the device's own clock; has
-compute-sanitizer look at a sample, where it is on the path; tunes some kernels and writes presets.
+multiplications by cuBLAS), and llama.cpp's kernels where its test-backend-ops is on the path; times
+every format and walk at several numbers of rows of activations, over so many copies of the weights
+that no cache holds them, on the device's own clock; has compute-sanitizer look at a sample, where
+it is on the path; tunes some kernels and writes presets.
 
 Each phase is a process of its own with a limit in seconds, and writes every result to
 OUT/gpu.jsonl at once: a crash or a timeout costs what was not measured yet, and nothing else.
@@ -91,9 +92,10 @@ def plan(names: Sequence[str], scale: float = 1.0) -> list[Phase]:
     phases += [
         Phase("ceilings", "ceilings", 25, names[0]),
         Phase("rivals", "rivals", 15, names[0]),
+        Phase("llama", "llama", 30, names[0]),
     ]
     if "cuda" in names:
-        phases += [Phase("times cuda", "times", 130, "cuda"), Phase("tune", "tune", 50, "cuda")]
+        phases += [Phase("times cuda", "times", 110, "cuda"), Phase("tune", "tune", 40, "cuda")]
         for tool in ("memcheck", "racecheck"):
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
             phases.append(Phase(tool, "sample", 40, "cuda", tool=command, quick=True))
@@ -208,7 +210,7 @@ def times_table(results: Results) -> Table:
         table.add_column(heading, justify="left" if heading in ("format", "walk") else "right")
     copies = [r["bytes_per_s"] for r in results.of("ceilings") if "bytes_per_s" in r]
     rivals = {r["m"]: r["seconds"] for r in results.of("rivals") if "m" in r}
-    for row in results.of("times", "rivals"):
+    for row in results.of("times", "rivals", "llama"):
         if "ops_per_s" not in row:
             continue
         rival = rivals.get(row["m"])

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import re
+import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +188,42 @@ def rivals(context: Context) -> Iterator[Row]:
             "target": api.name, "format": "float16", "walk": "cuBLAS", "precision": "fp16", "m": m,
             **rates(context, m, taken, 2 * context.n * context.k),
         }  # fmt: skip
+
+
+#: a line of llama.cpp's test-backend-ops: the product of (m, k) by (k, n), and microseconds
+_GGML = re.compile(
+    r"MUL_MAT\(type_a=(\w+),type_b=\w+,m=(\d+),n=(\d+),k=(\d+),bs=\[1,1\],nr=\[1,1\].*?"
+    r"([\d.]+) us/run"
+)
+
+
+def llama(context: Context) -> Iterator[Row]:
+    """llama.cpp's kernels at the shape of the weights, where its test-backend-ops is on the path:
+    it has cases of 4096 x 14336, with 1 to 8 and 512 rows of activations."""
+    tool = shutil.which("test-backend-ops")
+    if tool is None:
+        yield {
+            "what": "llama.cpp",
+            "why_not": "test-backend-ops is not on the path; llama.cpp builds it with its tests",
+        }
+        return
+    command = [tool, "perf", "-o", "MUL_MAT"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        stopper = threading.Timer(max(0.1, context.end - time.perf_counter()), process.kill)
+        stopper.start()
+        assert process.stdout
+        for line in process.stdout:
+            found = _GGML.search(line)
+            if found and (int(found[2]), int(found[4])) == (context.n, context.k):
+                m, taken = int(found[3]), float(found[5]) * 1e-6
+                known = {f.name.lower(): f for f in format_list.formats()}
+                fmt = known.get(found[1].lower())
+                nbytes = context.n * fmt.row_bytes(context.k) if fmt else 0
+                yield {
+                    "target": "llama.cpp", "format": fmt.name if fmt else found[1], "walk": "ggml",
+                    "precision": "", "m": m, **rates(context, m, taken, nbytes),
+                }  # fmt: skip
+        stopper.cancel()
 
 
 @dataclass(frozen=True)
@@ -391,5 +431,5 @@ def tune(context: Context) -> Iterator[Row]:
 
 PHASES: dict[str, Callable[[Context], Iterator[Row]]] = {
     "about": about, "check": check, "sample": sample, "ceilings": ceilings, "rivals": rivals,
-    "times": times, "tune": tune,
+    "times": times, "tune": tune, "llama": llama,
 }  # fmt: skip

@@ -207,3 +207,35 @@ def test_batches_rotate_through_all(modules: Any) -> None:
     taken = modules.gpu_timing.HostTimer(lambda: waited.append(1)).seconds(calls, 0.01)
     assert 0 < taken < 0.01 and set(seen) == {0, 1, 2} and waited
     assert np.ptp(np.bincount(seen)) <= 1
+
+
+FAKE_GGML = """#!/bin/sh
+echo 'Testing 1 devices'
+echo '  MUL_MAT(type_a=q4_K,type_b=f32,m=64,n=1,k=512,bs=[1,1],nr=[1,1],per=[0,1,2,3],v=0):' \\
+     ' 852 runs -   20.00 us/run - 117.44 MFLOP/run -   5.87 TFLOPS'
+echo '  MUL_MAT(type_a=iq2_s,type_b=f32,m=64,n=8,k=512,bs=[1,1],nr=[1,1],per=[0,1,2,3],v=0):' \\
+     ' 852 runs -   40.00 us/run - 117.44 MFLOP/run -   5.87 TFLOPS'
+echo '  MUL_MAT(type_a=q4_K,type_b=f32,m=16,n=1,k=512,bs=[1,1],nr=[1,1],per=[0,1,2,3],v=0):' \\
+     ' 852 runs -   10.00 us/run - 117.44 MFLOP/run -   5.87 TFLOPS'
+"""
+
+
+def test_llama_is_read_where_it_is(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_phases
+
+    context = gpu_phases.Context(
+        targets.get("cuda"), (), (1,), 64, 512, 0.01, 1, 1, 1, time.perf_counter() + 60, tmp_path
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (missing,) = gpu_phases.llama(context)
+    assert "not on the path" in missing["why_not"]
+    tool = tmp_path / "test-backend-ops"
+    tool.write_text(FAKE_GGML)
+    tool.chmod(0o755)
+    first, second = gpu_phases.llama(context)
+    assert (first["format"], first["m"]) == ("q4_K", 1)
+    assert first["seconds"] == pytest.approx(20e-6)
+    assert first["bytes_per_s"] == pytest.approx(64 * 288 / 20e-6)
+    assert (second["format"], second["m"]) == ("iq2_s", 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -290,6 +291,12 @@ def emulate(
             " tile=local:256 (bytes of shared memory).",
         ),
     ] = None,
+    more: Annotated[
+        Names,
+        typer.Option(
+            "--args", metavar="ARGUMENTS", help="The same, before these; several in one text."
+        ),
+    ] = None,
     entry: Annotated[
         str, typer.Option("--entry", metavar="F", help="The kernel, if the file has several.")
     ] = "",
@@ -336,6 +343,7 @@ def emulate(
     as_json: AsJson = False,
 ) -> None:
     """Run any GPU kernel on the CPU; exit with 1 if it has a bug."""
+    args = [*(word for text in more or () for word in shlex.split(text)), *(args or ())]
     source = path.read_text(encoding="utf-8", errors="replace")
     macros = {name: value if sign else "1" for name, sign, value in
               (one.partition("=") for one in define or ())}  # fmt: skip

@@ -77,6 +77,15 @@ def test_expected_values(cuda: Path, tmp_path: Path) -> None:
     assert "as expected" in run(cuda, *SCALE, *given, "--tolerance", 0.1).stdout
 
 
+def test_arguments_as_an_option(cuda: Path) -> None:
+    """All in one text, or the first behind the option and the rest where they land."""
+    texts = ["f32[40]:range", "y=f32[40]", "40", "2"]
+    want = run(cuda, *SCALE, *texts, "--print", "y").stdout.splitlines()[-1]
+    for given in (["--args", " ".join(texts)], ["--args", *texts]):
+        printed = run(cuda, *SCALE, "--print", "y", *given).stdout.splitlines()[-1]
+        assert printed == want and "y: f32 40" in want
+
+
 def test_a_bug(cuda: Path) -> None:
     """Told as compilers tell, with the line; exit code 1.  Without it, nothing is found."""
     rotate = (cuda, "--entry", "rotate", "--block", 64, "--shared", 256, "f32[64]:random")
