@@ -331,7 +331,7 @@ def check_binary(kernel: Kernel, binary: Binary) -> None:
     """What the machine code of a default configuration must be like."""
     name = f"{kernel.entry} for {binary.arch}"
     assert binary.spilled == 0 and binary.stack == 0, f"{name} spills: {binary}"
-    threads = kernel.walk.launch(kernel.config, kernel.format).threads  # type: ignore[union-attr]
+    threads = kernel.walk.launch(kernel.config, kernel.subject).threads  # type: ignore[union-attr]
     assert binary.registers * threads <= REGISTERS, name
     if disassembler() is None:
         return

@@ -103,9 +103,9 @@ class CudaWords:
     ) -> str:
         """The head of a kernel."""
         lines = [
-            # as many registers as leave room for 512 threads: by itself ptxas makes room for more
+            # as many registers as leave room for 256 threads: by itself ptxas makes room for more
             # than that, and spills
-            f'extern "C" __global__ void __launch_bounds__({threads}, {max(1, 512 // threads)})',
+            f'extern "C" __global__ void __launch_bounds__({threads}, {max(1, 256 // threads)})',
             f"{entry}({parameters(arguments)}) {{",
             *(f"    __shared__ {TYPES[t]} {name}[{count}];" for name, (t, count) in shared.items()),
             "    const unsigned int thread = threadIdx.x, group_x = blockIdx.x;",
