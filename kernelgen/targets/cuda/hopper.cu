@@ -84,12 +84,7 @@ static __device__ __forceinline__ void products_wait() {
 %% set half = {"fp16": "f16", "bf16": "bf16"}[precision]
 %% set n = config.tile_m // 2
 
-// Two numbers, rounded to ${half}, in a word.
-static __device__ __forceinline__ unsigned int halves(float low, float high) {
-    unsigned int both;
-    asm("cvt.rn.${half}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
+%% include "halves.cu"
 
 // Start a product of 64 x 16 and 16 x ${config.tile_m} numbers of type ${half}, added to float32
 // sums: the first factor from registers of four warps, the second from shared memory.

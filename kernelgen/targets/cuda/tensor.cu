@@ -66,12 +66,7 @@ static __device__ __forceinline__ void multiply16(int *sums, const unsigned int 
 %% else
 %% set half = {"fp16": "f16", "bf16": "bf16"}[precision]
 
-// Two numbers, rounded to ${half}, in a word.
-static __device__ __forceinline__ unsigned int halves(float low, float high) {
-    unsigned int both;
-    asm("cvt.rn.${half}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
+%% include "halves.cu"
 
 // A product of 16 x 16 and 16 x 8 numbers of type ${half}, added to float32 sums.
 static __device__ __forceinline__ void multiply(float *sums, const unsigned int *a, unsigned int b0,
