@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from kernelgen.config.base import Capabilities, Config, choice
+from kernelgen.config.programs import ProgramConfig
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,113 @@ class CombineConfig(Config):
         if self.threads > caps.max_threads:
             return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
         return self.lacks(caps)
+
+
+@dataclass(frozen=True)
+class ProgramHalfAttentionConfig(ProgramConfig):
+    """A program takes `rows` rows and `keys` keys at once, which are rounded to half precision and
+    multiplied on matrix units; sums are float32.
+
+    rows     queries, of all heads that share a head of K and V
+    splits   programs that share the keys of the same rows; another kernel adds up
+    """
+
+    layout: str = choice("native", "native")
+    rows: int = choice(64, 16, 32, 64, 128)
+    keys: int = choice(64, 16, 32, 64, 128)
+    splits: int = choice(1, 1, 2, 4, 8, 16, 32)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number that is multiplied."""
+        return 2
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Features must be there; what memory it takes depends on the kind of attention."""
+        return self.lacks(caps)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """For `m` queries of each head: for a few, as when one token follows the other, as few rows
+        as matrix units take, and many programs that share the keys.  Where kernels are interpreted,
+        large tiles: each operation costs about the same, whatever its size."""
+        few = 0 < m <= 8
+        if "interpreted" in caps.features:
+            return cls(rows=32 if few else 128, keys=128, splits=2 if few else 1)
+        return cls(rows=16, splits=8) if few else cls()
+
+    def smaller(self) -> Self | None:
+        """Half the keys, then half the rows."""
+        if self.keys > 32:
+            return dataclasses.replace(self, keys=self.keys // 2)
+        if self.rows > 16:
+            return dataclasses.replace(self, rows=self.rows // 2)
+        if self.keys > 16:
+            return dataclasses.replace(self, keys=self.keys // 2)
+        return None
+
+
+@dataclass(frozen=True)
+class ProgramAttentionConfig(ProgramHalfAttentionConfig):
+    """The same in float32.
+
+    dot    how it is multiplied: "ieee": as such; "tf32x3": on matrix units, in parts of fewer bits
+           that together keep all
+    """
+
+    dot: str = choice("ieee", "ieee", "tf32x3")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Matrix units that multiply parts of float32."""
+        return ("tf32x3",) if self.dot == "tf32x3" else ()
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number that is multiplied."""
+        return 4
+
+
+@dataclass(frozen=True)
+class ProgramCombineConfig(ProgramConfig):
+    """A program adds up the parts of `rows` rows."""
+
+    layout: str = choice("native", "native")
+    rows: int = choice(4, 1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class CAttentionConfig(Config):
+    """Tiles of queries and keys.
+
+    rows      rows of scores that registers hold at once, times `vectors` vectors
+    queries   rows of a tile of queries: positions times heads that share a head of K and V
+    keys      keys of a tile, whose K and V are decoded once for all of them
+    few       up to so many rows K and V are decoded in registers, and the keys are shared out to
+              the threads where heads are too few for them
+    """
+
+    rows: int = choice(8, 2, 3, 4, 5, 6, 7, 8, 12)
+    vectors: int = choice(2, 1, 2, 3, 4, 6)
+    queries: int = choice(192, 24, 48, 72, 96, 144, 192, 384)
+    keys: int = choice(64, 32, 48, 64, 96, 128)
+    few: int = choice(8, 0, 4, 8, 16)
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Sums and what they are made of must fit the registers, vectors the tile."""
+        needed = self.rows * self.vectors + self.vectors + 1
+        if needed > caps.registers:
+            return (
+                f"{self.rows} rows of {self.vectors} vectors need {needed} registers, the device"
+                f" has {caps.registers}"
+            )
+        if self.keys % (self.vectors * caps.lanes):
+            return (
+                f"{self.keys} keys are no multiple of {self.vectors} vectors of {caps.lanes} lanes"
+            )
+        return None
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """As many rows as the registers hold sums of, with two vectors each."""
+        return cls(rows=8 if caps.registers >= 32 else 6)

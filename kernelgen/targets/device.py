@@ -19,6 +19,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
 from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.attention import arrays, strides
 from kernelgen.targets.base import Argument, Array, Kernel, Weights, check_rows
 
 Buffer = Any
@@ -76,6 +77,7 @@ class Piece:
     buffer: Buffer
 
 
+_ITEM_TYPES = {"f32": np.float32, "i32": np.int32}
 _ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
 
 
@@ -293,13 +295,12 @@ class DeviceRuntime:
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
         """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
-        launcher, driver = self.launcher(kernel), self.driver()
+        driver = self.driver()
+        self.launcher(kernel)  # compiled now
 
         def launch(x: Array, piece: Piece, buffers: Mapping[str, Buffer]) -> Buffer:
-            (m, k), n = x.shape, piece.stop - piece.start
-            out = driver.empty(4 * m * n)
-            launcher({**buffers, "w": piece.buffer, "y": out}, {"M": m, "N": n, "K": k})
-            return out
+            sizes = {"M": len(x), "N": piece.stop - piece.start, "K": x.shape[1]}
+            return self._made(kernel, {**buffers, "w": piece.buffer}, sizes)["y"]
 
         def run(x: Array, w: Weights, y: Array) -> None:
             if y.size == 0:
@@ -338,14 +339,14 @@ class DeviceRuntime:
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
-            given, strides = _given(driver, kind, operands)
+            given, skipped = _given(driver, kind, operands)
             # bytes that belong to one head of K and V
             rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
             for batches, heads in self._shares(b, hk, widest):
                 part = (batches, slice(heads.start * (h // hk), heads.stop * (h // hk)))
                 sizes = dict(zip(("B", "H", "T"), q[part].shape, strict=False))
-                sizes |= {"HK": heads.stop - heads.start, "S": s, **strides}
+                sizes |= {"HK": heads.stop - heads.start, "S": s, **skipped}
                 sizes |= {"B0": part[0].start, "H0": part[1].start, "SPLITS": splits}
                 buffers = {**given, "q": driver.upload(q[part]), **launcher.results(sizes)}
                 buffers |= {"k": self._held(k, batches, heads), "v": self._held(v, batches, heads)}
@@ -392,16 +393,11 @@ def _given(
     driver: Driver, kind: Attention, operands: Mapping[str, Array]
 ) -> tuple[dict[str, Buffer], dict[str, int]]:
     """Arrays that score and mask read, in device memory, and how many elements an index skips."""
-    buffers, strides = {}, {}
-    if kind.sinks:
-        buffers["sinks"] = driver.upload(np.asarray(operands["sinks"], np.float32))
-    for one in kind.operands:
-        dtype = np.float32 if one.dtype == "f32" else np.int32
-        array = np.ascontiguousarray(operands[one.name], dtype)
-        buffers[one.name] = driver.upload(array)
-        for name, size, stride in zip(one.strides, array.shape, array.strides, strict=True):
-            strides[name] = stride // array.itemsize if size > 1 else 0
-    return buffers, strides
+    found = {
+        one.name: np.ascontiguousarray(operands[one.name], _ITEM_TYPES[one.dtype])
+        for one in arrays(kind)
+    }
+    return {name: driver.upload(array) for name, array in found.items()}, strides(kind, found)
 
 
 def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> CompileError:

@@ -35,7 +35,7 @@ from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, H, K, Q
 from kernelgen.ir.rules import simplify
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.ir.truth import Box, truth
+from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.simt import MOST_GROUPS, chunk, sizes
 
@@ -86,12 +86,8 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
     def spell(expr: Expr | None) -> Expr | None:
         return None if expr is None else transform(simplify(expr), lambda x: _typed(x, strides))
 
-    always: Expr = const(1, BOOL)
-    never: Expr = const(0, BOOL)
-    if kind.mask is not None:
-        boxes = {name: Box(_end(one, "lo"), _end(one, "hi")) for name, one in _BOXED.items()}
-        found = truth(kind.mask, boxes)
-        always, never = found.always, found.never
+    found = kind.tiles(Q, K, H)  # heads may lie side by side in a tile
+    always, never = found.always, found.never
     inside = logical_not(var("S", _SIZE, U32) < var("k0", _SIZE, U32) + config.keys)
     whole = None
     if always.op != "const" or always.attr:
@@ -105,15 +101,6 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
         whole=spell(whole),
         never=None if never.op == "const" and not never.attr else spell(never),
     )
-
-
-#: what differs within a tile
-_BOXED = {"q": Q, "k": K, "h": H}
-
-
-def _end(x: Expr, end: str) -> Expr:
-    name, lo, hi = x.attr
-    return Expr("var", x.dtype, attr=(f"{name}_{end}", lo, hi))
 
 
 def _opposite(x: Expr) -> Expr:
@@ -214,38 +201,29 @@ def _launch(config: Config, kind: Attention) -> Launch:
     tiles = f"-(-({rows}) // {config.rows})"
     groups = f"min(B * {heads} * {tiles} * {config.splits}, {MOST_GROUPS})"
     # with one group for each tile there are no parts
-    parts = {"PARTS": str(config.splits if config.splits > 1 else 0)}
-    return Launch((groups, "1"), config.threads, symbols=parts | _dims(kind))
+    symbols = {"PARTS": str(config.splits if config.splits > 1 else 0), "PART": _part(kind)}
+    return Launch((groups, "1"), config.threads, symbols=symbols | dims(kind))
 
 
 def _combine_launch(config: Config, kind: Attention) -> Launch:
     assert isinstance(config, CombineConfig)
     groups = f"-(-(B * H * T * {kind.value_dim}) // {config.threads})"
-    symbols = _dims(kind) | {"PARTS": "SPLITS"}
+    symbols = dims(kind) | {"PARTS": "SPLITS", "PART": _part(kind)}
     return Launch((f"min({groups}, {MOST_GROUPS})", "1"), config.threads, symbols=symbols)
 
 
-def _dims(kind: Attention) -> dict[str, str]:
-    """What the shapes' names mean that depend on the kind."""
-    return {
-        "D": str(kind.head_dim),
-        "DV": str(kind.value_dim),
-        "K_BYTES": str(kind.k.row_bytes(kind.head_dim)),
-        "V_BYTES": str(kind.v.row_bytes(kind.value_dim)),
-        "PART": str(kind.value_dim + 2),
-    }
+def _part(kind: Attention) -> str:
+    """Numbers that a group leaves of each query."""
+    return str(kind.value_dim + 2)
 
 
 def _operands(kind: Attention) -> tuple[Argument, ...]:
-    """Arrays that score and mask read, of any shape, with their strides, and sinks."""
-    arrays = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
-    sinks = [Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []
-    return (*arrays, *sinks, *sizes(*(name for one in kind.operands for name in one.strides)))
+    """Arrays, and their strides."""
+    return (*arrays(kind), *sizes(*(name for one in kind.operands for name in one.strides)))
 
 
 #: for each group that shares keys and each query: a row of the result, a maximum and a sum
 PARTS = ("PARTS", "B", "H", "T", "PART")
-_Y = Argument("y", "out", "f32", ("B", "H", "T", "DV"))
 
 
 def walks() -> tuple[Walk, ...]:
@@ -259,10 +237,7 @@ def walks() -> tuple[Walk, ...]:
             template="attention.j2",
             config=AttentionConfig,
             arguments=(
-                Argument("q", "in", "f32", ("B", "H", "T", "D")),
-                Argument("k", "in", "u8", ("B", "HK", "S", "K_BYTES")),
-                Argument("v", "in", "u8", ("B", "HK", "S", "V_BYTES")),
-                _Y,
+                *TENSORS,
                 Argument("parts", "scratch", "f32", PARTS),
                 # B0 and H0: what is the first batch and head here, where arrays come in pieces
                 *sizes("B", "H", "HK", "T", "S", "B0", "H0"),
@@ -283,7 +258,7 @@ def walks() -> tuple[Walk, ...]:
             config=CombineConfig,
             arguments=(
                 Argument("parts", "in", "f32", PARTS),
-                _Y,
+                RESULT,
                 *sizes("B", "H", "T", "SPLITS"),
             ),
             steps=lambda kind, config: None,

@@ -127,11 +127,12 @@ class Attention:
         text = "; ".join(show(e) if e is not None else "" for e in (self.score, self.mask))
         return hashlib.sha256(f"{text}; {self.sinks}".encode()).hexdigest()[:8]
 
-    def tiles(self) -> Truth:
-        """When all, or none, of a tile of queries q_lo..q_hi and keys k_lo..k_hi is admitted."""
+    def tiles(self, *over: Expr) -> Truth:
+        """When all, or none, of a tile of queries q_lo..q_hi and keys k_lo..k_hi is admitted; or of
+        a tile over other variables of the mask."""
         if self.mask is None:
             return Truth(const(1, BOOL), const(0, BOOL))
-        boxes = {x.attr[0]: Box(_renamed(x, "lo"), _renamed(x, "hi")) for x in (Q, K)}
+        boxes = {x.attr[0]: Box(_renamed(x, "lo"), _renamed(x, "hi")) for x in (over or (Q, K))}
         return truth(self.mask, boxes)
 
 
@@ -216,8 +217,23 @@ def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> 
         )
 
 
+def strides(kind: Attention, arrays: Mapping[str, Array]) -> dict[str, int]:
+    """How many elements an index along each axis of each operand skips, by the stride's name; none
+    where there is one element for all."""
+    found: dict[str, int] = {}
+    for one in kind.operands:
+        array = arrays[one.name]
+        for name, size, step in zip(one.strides, array.shape, array.strides, strict=True):
+            found[name] = step // array.itemsize if size > 1 else 0
+    return found
+
+
 def _environment(
-    t: range, s: range, whole: tuple[int, int, int, int], arrays: Mapping[str, Array]
+    kind: Attention,
+    t: range,
+    s: range,
+    whole: tuple[int, int, int, int],
+    arrays: Mapping[str, Array],
 ) -> dict[str, Array]:
     """The variables of score and mask over a tile of (B, H, queries, keys)."""
     batches, heads, queries, keys = whole
@@ -230,11 +246,7 @@ def _environment(
     }
     shape = (batches, heads, len(t), len(s))
     full = {name: np.broadcast_to(value, shape).reshape(-1) for name, value in values.items()}
-    for name, array in arrays.items():
-        for i, stride in enumerate(array.strides):
-            count = stride // array.itemsize if array.shape[i] > 1 else 0
-            full[f"{name}_{i}"] = np.asarray(count)
-    return full
+    return full | {name: np.asarray(step) for name, step in strides(kind, arrays).items()}
 
 
 def _scores(
@@ -244,7 +256,7 @@ def _scores(
     (b, h, queries, _), keys = q.shape, k.shape[2]
     products = np.einsum("bhtd,bhsd->bhts", q[:, :, t.start : t.stop], k[:, :, s.start : s.stop])
     tile: Array = kind.scale * products
-    environment = _environment(t, s, (b, h, queries, keys), arrays)
+    environment = _environment(kind, t, s, (b, h, queries, keys), arrays)
     fields = {name: np.ascontiguousarray(a).reshape(-1) for name, a in arrays.items()}
     if kind.score is not None:
         given = environment | {"s": tile.astype(np.float32).reshape(-1)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Self
 
-from kernelgen.config import Capabilities, Config, choice
+from kernelgen.config import Config
+from kernelgen.config.attention import CAttentionConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, Field, cast, load, transform, var
 from kernelgen.ir.expr import walk as nodes_of
@@ -19,43 +19,6 @@ from kernelgen.targets.c.dialect import LANE
 
 #: elements that lanes run over at once, in an expression that serves vectors of 4, 8 and 16
 _RUN = 16
-
-
-@dataclass(frozen=True)
-class CAttentionConfig(Config):
-    """Tiles of queries and keys.
-
-    rows      rows of scores that registers hold at once, times `vectors` vectors
-    queries   rows of a tile of queries: positions times heads that share a head of K and V
-    keys      keys of a tile, whose K and V are decoded once for all of them
-    few       up to so many rows K and V are decoded in registers, and the keys are shared out to
-              the threads where heads are too few for them
-    """
-
-    rows: int = choice(8, 2, 3, 4, 5, 6, 7, 8, 12)
-    vectors: int = choice(2, 1, 2, 3, 4, 6)
-    queries: int = choice(192, 24, 48, 72, 96, 144, 192, 384)
-    keys: int = choice(64, 32, 48, 64, 96, 128)
-    few: int = choice(8, 0, 4, 8, 16)
-
-    def legal(self, caps: Capabilities) -> str | None:
-        """Sums and what they are made of must fit the registers, vectors the tile."""
-        needed = self.rows * self.vectors + self.vectors + 1
-        if needed > caps.registers:
-            return (
-                f"{self.rows} rows of {self.vectors} vectors need {needed} registers, the device"
-                f" has {caps.registers}"
-            )
-        if self.keys % (self.vectors * caps.lanes):
-            return (
-                f"{self.keys} keys are no multiple of {self.vectors} vectors of {caps.lanes} lanes"
-            )
-        return None
-
-    @classmethod
-    def default(cls, caps: Capabilities, m: int = 0) -> Self:
-        """As many rows as the registers hold sums of, with two vectors each."""
-        return cls(rows=8 if caps.registers >= 32 else 6)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops import Activations
+from kernelgen.targets.attention import strides
 from kernelgen.targets.base import Array, Kernel, Weights, check_rows
 from kernelgen.targets.c.compiler import find_compiler, library
 
@@ -267,13 +268,8 @@ def attention_arguments(
     """The arrays that come after q, k, v and y, and the sizes, in the kernel's order: of a kernel
     whose subject, an `Attention`, is `kind`."""
     names = [*(["sinks"] if kind.sinks else []), *(one.name for one in kind.operands)]
-    arrays = [operands[name] for name in names]
     sizes = [*q.shape[:2], k.shape[1], q.shape[2], k.shape[2]]
-    for one in kind.operands:
-        array = operands[one.name]
-        steps = [step // array.itemsize for step in array.strides]
-        sizes += [step if n > 1 else 0 for n, step in zip(array.shape, steps, strict=True)]
-    return arrays, sizes
+    return [operands[name] for name in names], [*sizes, *strides(kind, operands).values()]
 
 
 def _aligned(size: int) -> Array:

@@ -10,6 +10,7 @@ from kernelgen.config import Capabilities, NoConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, Field
 from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.attention import TENSORS, arrays
 from kernelgen.targets.base import Argument, Target, Walk
 from kernelgen.targets.numpy.dialect import ARRAYS, statement
 from kernelgen.targets.numpy.steps import ArraySteps, array_steps, attention_steps
@@ -49,12 +50,6 @@ _ATTENTION_SYMBOLS = {
     "D": "elements of a head", "DV": "elements of a value",
     "K_BYTES": "bytes of a row of blocks of k", "V_BYTES": "bytes of a row of blocks of v",
 }  # fmt: skip
-
-
-def _attention_operands(kind: Attention) -> tuple[Argument, ...]:
-    """Arrays that score and mask read, of any shape, and sinks."""
-    found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
-    return (*found, *([Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []))
 
 
 def _given(arguments: tuple[Argument, ...]) -> str:
@@ -157,12 +152,10 @@ TARGET = Target(
         Walk(
             "plain", "attention", "fp32", "attention.py.j2", NoConfig,
             (
-                Argument("q", "in", "f32", ("B", "H", "T", "D")),
-                Argument("k", "in", "u8", ("B", "HK", "S", "K_BYTES")),
-                Argument("v", "in", "u8", ("B", "HK", "S", "V_BYTES")),
+                *TENSORS[:3],
                 Argument("y", "result", "f32", ("B", "H", "T", "DV")),
             ),
-            symbols=_ATTENTION_SYMBOLS, steps=attention_steps, operands=_attention_operands,
+            symbols=_ATTENTION_SYMBOLS, steps=attention_steps, operands=arrays,
             kind=Attention,
         ),
     ),

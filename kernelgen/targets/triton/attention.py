@@ -13,9 +13,14 @@ import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from kernelgen.config import Capabilities, Config, ProgramConfig, choice
+from kernelgen.config import Capabilities, Config
+from kernelgen.config.attention import (
+    ProgramAttentionConfig,
+    ProgramCombineConfig,
+    ProgramHalfAttentionConfig,
+)
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import (
     BOOL,
@@ -33,86 +38,9 @@ from kernelgen.ir.expr import (
 )
 from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, B, H, K, Q, S, reads
-from kernelgen.ir.rules import simplify
-from kernelgen.ir.truth import Box, truth
+from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, plain, tensor_steps
-
-# ---- what is open -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ProgramHalfAttentionConfig(ProgramConfig):
-    """A program takes `rows` rows and `keys` keys at once, which are rounded to half precision and
-    multiplied on matrix units; sums are float32.
-
-    rows     queries, of all heads that share a head of K and V
-    splits   programs that share the keys of the same rows; another kernel adds up
-    """
-
-    layout: str = choice("native", "native")
-    rows: int = choice(64, 16, 32, 64, 128)
-    keys: int = choice(64, 16, 32, 64, 128)
-    splits: int = choice(1, 1, 2, 4, 8, 16, 32)
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a number that is multiplied."""
-        return 2
-
-    def legal(self, caps: Capabilities) -> str | None:
-        """Features must be there; what memory it takes depends on the kind of attention."""
-        return self.lacks(caps)
-
-    @classmethod
-    def default(cls, caps: Capabilities, m: int = 0) -> Self:
-        """For `m` queries of each head: for a few, as when one token follows the other, as few rows
-        as matrix units take, and many programs that share the keys.  Where kernels are interpreted,
-        large tiles: each operation costs about the same, whatever its size."""
-        few = 0 < m <= 8
-        if "interpreted" in caps.features:
-            return cls(rows=32 if few else 128, keys=128, splits=2 if few else 1)
-        return cls(rows=16, splits=8) if few else cls()
-
-    def smaller(self) -> Self | None:
-        """Half the keys, then half the rows."""
-        if self.keys > 32:
-            return dataclasses.replace(self, keys=self.keys // 2)
-        if self.rows > 16:
-            return dataclasses.replace(self, rows=self.rows // 2)
-        if self.keys > 16:
-            return dataclasses.replace(self, keys=self.keys // 2)
-        return None
-
-
-@dataclass(frozen=True)
-class ProgramAttentionConfig(ProgramHalfAttentionConfig):
-    """The same in float32.
-
-    dot    how it is multiplied: "ieee": as such; "tf32x3": on matrix units, in parts of fewer bits
-           that together keep all
-    """
-
-    dot: str = choice("ieee", "ieee", "tf32x3")
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Matrix units that multiply parts of float32."""
-        return ("tf32x3",) if self.dot == "tf32x3" else ()
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a number that is multiplied."""
-        return 4
-
-
-@dataclass(frozen=True)
-class ProgramCombineConfig(ProgramConfig):
-    """A program adds up the parts of `rows` rows."""
-
-    layout: str = choice("native", "native")
-    rows: int = choice(4, 1, 2, 4, 8)
-
 
 # ---- steps ------------------------------------------------------------------------------------
 
@@ -209,7 +137,12 @@ _NAMES = {
     x: _called(x, name)
     for x, name in ((S, "scores"), (B, "batch"), (H, "head"), (Q, "query"), (K, "key"))
 }
-_BATCH, _HEAD, _QUERY, _KEY = (_NAMES[x] for x in (B, H, Q, K))
+#: and their ends in a tile
+_ENDS = {
+    _called(x, f"{x.attr[0]}_{end}"): _called(x, f"{name.attr[0]}_{end}")
+    for x, name in _NAMES.items()
+    for end in ("lo", "hi")
+}
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,15 +153,8 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
     def lower(expr: Expr | None) -> Expr | None:
         return None if expr is None else named.lower(transform(expr, _NAMES.get))
 
-    always: Expr = const(1, BOOL)
-    never: Expr = const(0, BOOL)
-    if kind.mask is not None:
-        boxes = {
-            x.attr[0]: Box(_called(x, f"{x.attr[0]}_lo"), _called(x, f"{x.attr[0]}_hi"))
-            for x in (_HEAD, _QUERY, _KEY)
-        }
-        found = truth(simplify(transform(kind.mask, _NAMES.get)), boxes)
-        always, never = found.always, found.never
+    found = kind.tiles(Q, K, H)
+    always, never = (transform(e, (_NAMES | _ENDS).get) for e in (found.always, found.never))
     score = lower(kind.score)
     mask = None if always is const(1, BOOL) else lower(kind.mask)
     return AttentionSteps(
@@ -367,34 +293,20 @@ def _fits(config: Config, kind: Attention, caps: Capabilities) -> str | None:
     return None
 
 
-def _dims(kind: Attention) -> dict[str, str]:
-    """What the shapes' names mean that depend on the kind."""
-    return {
-        "D": str(kind.head_dim),
-        "DV": str(kind.value_dim),
-        "K_BYTES": str(kind.k.row_bytes(kind.head_dim)),
-        "V_BYTES": str(kind.v.row_bytes(kind.value_dim)),
-    }
-
-
 def _launch(config: Config, kind: Attention) -> Launch:
     assert isinstance(config, ProgramHalfAttentionConfig)
     tiles = f"-(-(T * (H // HK)) // {config.rows})"
     # where one program has all keys there are no parts
     parts = {"PARTS": str(config.splits if config.splits > 1 else 0)}
     threads = WARP * config.warps
-    return Launch((f"{tiles} * {config.splits}", "B * HK"), threads, symbols=_dims(kind) | parts)
+    return Launch((f"{tiles} * {config.splits}", "B * HK"), threads, symbols=dims(kind) | parts)
 
 
 def _combine_launch(config: Config, kind: Attention) -> Launch:
     assert isinstance(config, ProgramCombineConfig)
     groups = (f"-(-(B * H * T) // {config.rows})", "1")
-    symbols = _dims(kind) | {"PARTS": "SPLITS"}
+    symbols = dims(kind) | {"PARTS": "SPLITS"}
     return Launch(groups, WARP * config.warps, symbols=symbols)
-
-
-def _attends(subject: Any) -> str | None:
-    return None if isinstance(subject, Attention) else f"{subject.name} is no kind of attention"
 
 
 def _sizes(*names: str) -> tuple[Argument, ...]:
@@ -402,10 +314,8 @@ def _sizes(*names: str) -> tuple[Argument, ...]:
 
 
 def _operands(kind: Attention) -> tuple[Argument, ...]:
-    """Arrays that score and mask read, of any shape, with their strides, and sinks."""
-    arrays = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
-    sinks = [Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []
-    return (*arrays, *sinks, *_sizes(*(name for one in kind.operands for name in one.strides)))
+    """Arrays, and their strides."""
+    return (*arrays(kind), *_sizes(*(name for one in kind.operands for name in one.strides)))
 
 
 #: for each program that shares keys and each row: a sum of values; a maximum, and a sum of weights
@@ -414,7 +324,6 @@ _PARTS = (
     ("tops", ("PARTS", "B", "H", "T")),
     ("totals", ("PARTS", "B", "H", "T")),
 )
-_Y = Argument("y", "out", "f32", ("B", "H", "T", "DV"))
 
 
 def _flash(precision: str, config: type[Config]) -> Walk:
@@ -422,14 +331,11 @@ def _flash(precision: str, config: type[Config]) -> Walk:
         name=f"flash_{precision}", op="attention", kind=Attention, precision=precision,
         template="attention.py.j2", config=config,
         arguments=(
-            Argument("q", "in", "f32", ("B", "H", "T", "D")),
-            Argument("k", "in", "u8", ("B", "HK", "S", "K_BYTES")),
-            Argument("v", "in", "u8", ("B", "HK", "S", "V_BYTES")),
-            _Y,
+            *TENSORS,
             *(Argument(name, "scratch", "f32", shape) for name, shape in _PARTS),
             *_sizes("B", "H", "HK", "T", "S"),
         ),
-        applies=_attends, steps=attention_steps, launch=_launch, operands=_operands, fits=_fits,
+        steps=attention_steps, launch=_launch, operands=_operands, fits=_fits,
         then=lambda config: ("attention_combine",) * (config.as_dict()["splits"] > 1),
     )  # fmt: skip
 
@@ -442,10 +348,10 @@ WALKS = (
         name="combine", op="attention_combine", kind=Attention, precision="",
         template="attention_combine.py.j2", config=ProgramCombineConfig,
         arguments=(
-            *(Argument(name, "in", "f32", shape) for name, shape in _PARTS), _Y,
+            *(Argument(name, "in", "f32", shape) for name, shape in _PARTS), RESULT,
             *_sizes("B", "H", "T", "SPLITS"),
         ),
-        applies=_attends, steps=lambda kind, config: None, launch=_combine_launch,
+        steps=lambda kind, config: None, launch=_combine_launch,
     ),
 )  # fmt: skip
 

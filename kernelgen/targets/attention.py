@@ -1,0 +1,33 @@
+"""What attention takes on every target: arguments of its entry points, and their sizes."""
+
+from __future__ import annotations
+
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.ops.attention import strides as strides
+from kernelgen.targets.base import Argument
+
+#: the result
+RESULT = Argument("y", "out", "f32", ("B", "H", "T", "DV"))
+#: what always is there
+TENSORS = (
+    Argument("q", "in", "f32", ("B", "H", "T", "D")),
+    Argument("k", "in", "u8", ("B", "HK", "S", "K_BYTES")),
+    Argument("v", "in", "u8", ("B", "HK", "S", "V_BYTES")),
+    RESULT,
+)
+
+
+def dims(kind: Attention) -> dict[str, str]:
+    """What the shapes' names mean that depend on the kind."""
+    return {
+        "D": str(kind.head_dim),
+        "DV": str(kind.value_dim),
+        "K_BYTES": str(kind.k.row_bytes(kind.head_dim)),
+        "V_BYTES": str(kind.v.row_bytes(kind.value_dim)),
+    }
+
+
+def arrays(kind: Attention) -> tuple[Argument, ...]:
+    """Arrays that score and mask read, of any shape, and sinks."""
+    found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
+    return (*found, *([Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []))
