@@ -22,9 +22,9 @@ Places = npt.NDArray[np.intp]
 #: how much alike two settings are that are one step of a factor of two apart, or not ordered
 _STEP, _OTHER = 0.6, 0.35
 #: variance of log time that parameters explain one by one, each, and together
-_ALONE, _TOGETHER = 0.05, 0.05
+_ALONE, _TOGETHER = 0.2, 0.05
 #: how much worse in log time a candidate is expected to be for each step away from the default
-_SLOPE = 0.2
+_SLOPE = 0.05
 #: of a measurement, in log time
 _NOISE = 0.02**2
 
