@@ -20,6 +20,7 @@ _HOME = {
         "kernelgen.api",
     ),
     **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
+    "KVCache": "kernelgen.kv_cache",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from kernelgen.api_attention import captured as captured
     from kernelgen.errors import KernelgenError as KernelgenError
     from kernelgen.ir.block import BlockFormat as BlockFormat
+    from kernelgen.kv_cache import KVCache as KVCache
     from kernelgen.tensor import QuantTensor as QuantTensor
 
 

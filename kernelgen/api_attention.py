@@ -78,8 +78,11 @@ def _both(first: Mask | None, second: Mask | None) -> Mask | None:
     return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
 
 
-def _of_array(array: Array, shape: tuple[int, int, int, int]) -> tuple[Score | None, Mask | None]:
-    """What an array (B, H, T, S), or one that broadcasts to it, adds to scores or admits."""
+def _of_array(
+    array: Array, shape: tuple[int, int, int, int], lengths: Captured | None
+) -> tuple[Score | None, Mask | None]:
+    """What an array (B, H, T, S), or one that broadcasts to it, adds to scores or admits.
+    `lengths`: keys of each batch, where they differ."""
     try:
         full = np.broadcast_shapes(array.shape, shape)
     except ValueError:
@@ -99,7 +102,7 @@ def _of_array(array: Array, shape: tuple[int, int, int, int]) -> tuple[Score | N
     there = Captured(whole)
 
     def at(b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
-        places = (b, h, q - (s - t), k)
+        places = (b, h, q - ((s if lengths is None else lengths[b]) - t), k)
         return there[tuple(p if n > 1 else 0 for p, n in zip(places, whole.shape, strict=True))]
 
     if array.dtype.kind == "f":
@@ -144,6 +147,8 @@ def attention(
     mask: Mask | Array | None = None,
     score: Score | None = None,
     sinks: Array | None = None,
+    lengths: Array | None = None,
+    pages: Array | None = None,
     target: str | None = None,
     precision: str = "auto",
 ) -> Array:
@@ -162,6 +167,10 @@ def attention(
     score    a function of expressions (s, b, h, q, k) that gives the new score; it comes after
              softcap and alibi
     sinks    (H,): scores that take part in the softmax and add nothing
+    lengths  integers (B,): how many of the S keys each batch has; S, for what is said of
+             positions, is then this number
+    pages    integers (B, P), with `lengths`: k and v are pools of pages, (pages, HK, page, D), and
+             key s of batch b is in page pages[b, s // page]
     target   default: the first of the machine's targets that can run
     precision   "fp32" or "auto"
 
@@ -172,10 +181,11 @@ def attention(
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
     keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
-    ops.check_shapes(q.shape, keys.shape, values.shape)
+    held = _held(q.shape, keys.shape, values.shape, lengths, pages)
+    page = keys.shape[2] if pages is not None else 0
     if precision not in ("auto", "fp32"):
         raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")
-    shape = (*q.shape[:3], keys.shape[2])
+    shape = (*q.shape[:3], page * held["pages"].shape[1] if page else keys.shape[2])
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
     scores: list[Score] = []
@@ -187,7 +197,7 @@ def attention(
         slopes = Captured(np.asarray(alibi, np.float32))
         scores.append(lambda s, b, h, q, k: s + slopes[h] * cast(F32, k - q))
     if isinstance(mask, np.ndarray):
-        added, admitted = _of_array(mask, shape)
+        added, admitted = _of_array(mask, shape, Captured(held["lengths"]) if held else None)
         scores += [added] if added else []
         masks.append(admitted)
     else:
@@ -196,8 +206,9 @@ def attention(
     scored, masked, operands, arrays = _trace(_chain(scores), functools.reduce(_both, masks))
     kind = Attention(
         q.shape[3], keys.format, values.format, values.shape[3], scale or 0.0, scored, masked,
-        operands, sinks is not None,
+        operands, sinks is not None, bool(held), page,
     )  # fmt: skip
+    arrays |= held
     if sinks is not None:
         arrays["sinks"] = np.ascontiguousarray(sinks, np.float32)
         if arrays["sinks"].shape != (q.shape[1],):
@@ -207,6 +218,56 @@ def attention(
         run = _runner(target or api.default_target(), kind, shape[2])
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
+
+
+def _held(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    lengths: Array | None,
+    pages: Array | None,
+) -> dict[str, Array]:
+    """`lengths` and `pages` as kernels read them, where they are given; raises ShapeError where
+    they, q, k and v of these shapes do not fit."""
+    if lengths is None:
+        if pages is not None:
+            raise ShapeError("pages were given without lengths, which say how many keys count")
+        ops.check_shapes(q, k, v)
+        return {}
+    lengths = _integers(lengths, "lengths", (q[0],))
+    if pages is None:
+        ops.check_shapes(q, k, v)
+        room, found = k[2], {"lengths": lengths}
+    else:
+        ops.check_shapes(q, (q[0], *k[1:]), (q[0], *v[1:]))
+        pages = _integers(pages, "pages", (q[0], -1))
+        room, found = k[2] * pages.shape[1], {"lengths": lengths, "pages": pages}
+        used = pages[np.arange(pages.shape[1]) * k[2] < lengths[:, None]]
+        if len(k) != 4 or k[0] != v[0] or (used.size and not 0 <= used.min() <= used.max() < k[0]):
+            raise ShapeError(
+                f"pages of k {k} and v {v} were named by numbers up to {used.max(initial=0)}; they"
+                f" are counted from 0 to {k[0] - 1}, in both"
+            )
+    if lengths.size and not 0 <= lengths.min() <= lengths.max() <= room:
+        raise ShapeError(
+            f"lengths from {lengths.min()} to {lengths.max()} were given; there is room for {room}"
+            " keys"
+        )
+    return found
+
+
+def _integers(array: Array, what: str, shape: tuple[int, int] | tuple[int]) -> Array:
+    """The array as i32; raises ShapeError where it is of another shape (-1: any size)."""
+    found = np.asarray(array)
+    fits = len(found.shape) == len(shape) and all(
+        size in (n, -1) for n, size in zip(found.shape, shape, strict=True)
+    )
+    if found.dtype.kind not in "iu" or not fits:
+        wanted = ", ".join("any" if n == -1 else str(n) for n in shape)
+        raise ShapeError(
+            f"{what} of {found.dtype} {found.shape} were given; they are integers ({wanted})"
+        )
+    return np.ascontiguousarray(found, np.int32)
 
 
 def _chain(scores: list[Score]) -> Score | None:

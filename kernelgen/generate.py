@@ -136,7 +136,7 @@ def _needed(op: str, one: Walk, subject: Subject, target: Target) -> Kernel:
 def _arguments(one: Walk, subject: Subject, spelt: Mapping[str, str]) -> tuple[Argument, ...]:
     """The arguments as the source spells them: those that depend on the subject have names of its
     author's."""
-    own = {a.name for a in one.operands(subject)}
+    own = {a.name for a in one.operands(subject)} - {a.name for a in one.arguments}
     return tuple(
         dataclasses.replace(a, name=spelt.get(a.name, a.name)) if a.name in own else a
         for a in one.arguments_for(subject)

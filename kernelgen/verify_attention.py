@@ -49,7 +49,7 @@ def _own_mask(b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of score and mask, and how many heads share one of K and V."""
+    """A kind of score and mask, how many heads share one of K and V, and how these are kept."""
 
     name: str
     score: Score | None = None
@@ -57,6 +57,8 @@ class Variant:
     operands: tuple[Operand, ...] = ()
     sinks: bool = False
     sharing: int = 1
+    lengths: bool = False
+    page: int = 0
 
 
 VARIANTS = (
@@ -68,6 +70,8 @@ VARIANTS = (
     Variant("gqa", mask=ops.causal, sharing=4),
     Variant("own", score=_own_score, mask=_own_mask),
     Variant("sinks", mask=ops.causal, sinks=True),
+    Variant("lengths", mask=ops.causal, sharing=2, lengths=True),
+    Variant("pages", mask=ops.causal, sharing=2, page=16),
 )
 
 
@@ -76,7 +80,7 @@ def kind_of(variant: Variant, fmt: BlockFormat, head_dim: int) -> Attention:
     score, mask = ops.trace(variant.score, variant.mask)
     return Attention(
         head_dim, fmt, fmt, score=score, mask=mask, operands=variant.operands,
-        sinks=variant.sinks, label=variant.name,
+        sinks=variant.sinks, lengths=variant.lengths, page=variant.page, label=variant.name,
     )  # fmt: skip
 
 
@@ -144,10 +148,17 @@ def _case(
     rng = np.random.default_rng(1000 * t + s)
     heads = 4
     shared = (2, heads // variant.sharing, s)
+    arrays: dict[str, Array] = {}
+    if kind.lengths:
+        arrays["lengths"] = np.array([s, s * 2 // 3], np.int32)  # perhaps fewer than queries
+    if kind.page:
+        each = -(-s // kind.page)
+        pool = rng.permutation(2 * each + 1)  # one is in no batch
+        arrays["pages"] = pool[: 2 * each].reshape(2, each).astype(np.int32)
+        shared = (len(pool), heads // variant.sharing, kind.page)
     q = rng.standard_normal((2, heads, t, kind.head_dim), np.float32)
     k = quantize(rng.standard_normal((*shared, kind.head_dim), np.float32), kind.k)
     v = quantize(rng.standard_normal((*shared, kind.value_dim), np.float32), kind.v)
-    arrays: dict[str, Array] = {}
     if variant.operands:
         arrays["slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
     sinks = rng.standard_normal(heads).astype(np.float32) if variant.sinks else None

@@ -28,6 +28,23 @@ def dims(kind: Attention) -> dict[str, str]:
 
 
 def arrays(kind: Attention) -> tuple[Argument, ...]:
-    """Arrays that score and mask read, of any shape, and sinks."""
+    """Arrays that score and mask read, of any shape; sinks; what K and V hold."""
     found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
-    return (*found, *([Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []))
+    if kind.sinks:
+        found.append(Argument("sinks", "in", "f32", ("H",)))
+    if kind.lengths:
+        found.append(Argument("lengths", "in", "i32", ("B",)))
+    if kind.page:
+        found.append(Argument("pages", "in", "i32", ("B", "PAGES")))
+    return tuple(found)
+
+
+def paged(kind: Attention) -> tuple[Argument, ...]:
+    """K and V, where they are not what `TENSORS` says they are."""
+    if not kind.page:
+        return ()
+    shape = ("POOL", "HK", str(kind.page))
+    return (
+        Argument("k", "in", "u8", (*shape, "K_BYTES")),
+        Argument("v", "in", "u8", (*shape, "V_BYTES")),
+    )

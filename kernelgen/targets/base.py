@@ -119,7 +119,8 @@ class Walk:
     launch     the grid that a launch takes; None where a call is a launch
     needs      ops whose kernels must run before this one, besides what the caller gives
     then       ops whose kernels must run after it, on what it leaves
-    operands   arguments that depend on the subject; sizes come last, whoever gives them
+    operands   arguments that depend on the subject, in place of any of the same name; sizes come
+               last, whoever gives them
     style      tells it, in names, from other walks of the same op and precision
     kind       type of the subject
     fits       why a configuration that is legal by itself does not fit a subject, or None
@@ -155,8 +156,8 @@ class Walk:
 
     def arguments_for(self, subject: Subject) -> tuple[Argument, ...]:
         """Arguments of the entry point, in order."""
-        given = (*self.arguments, *self.operands(subject))
-        return tuple(sorted(given, key=lambda one: one.role == "size"))
+        given = {a.name: a for a in (*self.arguments, *self.operands(subject))}
+        return tuple(sorted(given.values(), key=lambda one: one.role == "size"))
 
     def refuses(self, config: Config, subject: Subject, caps: Capabilities) -> str | None:
         """Why a device cannot run this walk for a subject in a configuration, or None."""

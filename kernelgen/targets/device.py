@@ -43,6 +43,11 @@ class Driver(Protocol):
         """A buffer of that many bytes, of any content."""
         ...
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put the bytes of a C-contiguous array into a buffer from byte `offset` on, before what is
+        launched later; they begin and end at whole words, or at the buffer's end."""
+        ...
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait for what was launched, and fill a C-contiguous array from the buffer."""
         ...
@@ -75,6 +80,30 @@ class Piece:
     start: int
     stop: int
     buffer: Buffer
+
+
+@dataclass(frozen=True)
+class Held:
+    """Some heads of K or V in device memory: `batches` and `heads` of the tensor."""
+
+    driver: Driver
+    buffer: Buffer
+    batches: slice
+    heads: slice
+
+    def renew(self, data: Array, batch: int, rows: slice) -> None:
+        """Bring `rows` of all heads of a batch up to date, from the tensor's bytes (batches, heads,
+        rows, bytes of a row)."""
+        if not self.batches.start <= batch < self.batches.stop:
+            return
+        mine = data[self.batches, self.heads]
+        flat, width = mine.reshape(-1), mine.shape[-1]
+        for head in range(mine.shape[1]):
+            first = ((batch - self.batches.start) * mine.shape[1] + head) * mine.shape[2]
+            # in whole words
+            start = (first + rows.start) * width // 4 * 4
+            stop = min(-(-(first + rows.stop) * width // 4) * 4, flat.size)
+            self.driver.write(self.buffer, start, flat[start:stop])
 
 
 _ITEM_TYPES = {"f32": np.float32, "i32": np.int32}
@@ -336,6 +365,8 @@ class DeviceRuntime:
 
         def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
             (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
+            if kind.page:
+                s = kind.page * operands["pages"].shape[1]
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
@@ -343,11 +374,14 @@ class DeviceRuntime:
             # bytes that belong to one head of K and V
             rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
-            for batches, heads in self._shares(b, hk, widest):
+            shares = self._whole(b, k, v) if kind.page else self._shares(b, hk, widest)
+            for batches, heads in shares:
                 part = (batches, slice(heads.start * (h // hk), heads.stop * (h // hk)))
                 sizes = dict(zip(("B", "H", "T"), q[part].shape, strict=False))
                 sizes |= {"HK": heads.stop - heads.start, "S": s, **skipped}
                 sizes |= {"B0": part[0].start, "H0": part[1].start, "SPLITS": splits}
+                if kind.page:
+                    sizes["PAGES"], batches = operands["pages"].shape[1], slice(0, len(k.data))
                 buffers = {**given, "q": driver.upload(q[part]), **launcher.results(sizes)}
                 buffers |= {"k": self._held(k, batches, heads), "v": self._held(v, batches, heads)}
                 if add_up:
@@ -364,6 +398,16 @@ class DeviceRuntime:
 
         return run
 
+    def _whole(self, batches: int, *pools: Weights) -> list[tuple[slice, slice]]:
+        """All batches and heads at once, as any of them may have any page."""
+        largest, nbytes = self.driver().largest, max(w.data.nbytes for w in pools)
+        if nbytes > largest:
+            raise TargetError(
+                f"a pool of {nbytes} bytes of pages does not fit a buffer of target {self.name},"
+                f" which holds {largest} bytes; make it of fewer pages"
+            )
+        return [(slice(0, batches), slice(0, pools[0].shape[1]))]
+
     def _shares(self, batches: int, heads: int, nbytes: int) -> Iterator[tuple[slice, slice]]:
         """Ranges of batches and heads of K and V of which each fits a buffer, where each of these
         heads takes so many bytes."""
@@ -379,14 +423,16 @@ class DeviceRuntime:
                 yield slice(b, min(b + step_b, batches)), slice(h, min(h + step_h, heads))
 
     def _held(self, w: Weights, batches: slice, heads: slice) -> Buffer:
-        """Some heads of K or V in device memory; kept in w.prepared."""
+        """Some heads of K or V in device memory; kept in w.prepared as `Held`."""
         place = (batches.start, batches.stop, heads.start, heads.stop)
-        key = (self.name, self.driver().key(), place)
+        driver = self.driver()
+        key = (self.name, driver.key(), place)
         with self._lock:
             found = w.prepared.get(key)
             if found is None:
-                found = w.prepared[key] = self.driver().upload(w.data[batches, heads])
-        return found
+                buffer = driver.upload(w.data[batches, heads])
+                found = w.prepared[key] = Held(driver, buffer, batches, heads)
+        return found.buffer
 
 
 def _given(

@@ -37,6 +37,11 @@ class EmulatorDriver:
         """Bytes that make NaNs, so that what is not written stays visible."""
         return np.full(max(nbytes, 4), 0xFF, np.uint8)
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer[offset : offset + raw.size] = raw
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Copy the bytes back; launches have ended."""
         out.reshape(-1).view(np.uint8)[:] = buffer[: out.nbytes]

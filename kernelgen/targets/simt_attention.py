@@ -35,7 +35,7 @@ from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, H, K, Q
 from kernelgen.ir.rules import simplify
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims
+from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims, paged
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.simt import MOST_GROUPS, chunk, sizes
 
@@ -88,7 +88,8 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
 
     found = kind.tiles(Q, K, H)  # heads may lie side by side in a tile
     always, never = found.always, found.never
-    inside = logical_not(var("S", _SIZE, U32) < var("k0", _SIZE, U32) + config.keys)
+    keys = var("length" if kind.lengths else "S", _SIZE, U32)
+    inside = logical_not(keys < var("k0", _SIZE, U32) + config.keys)
     whole = None
     if always.op != "const" or always.attr:
         whole = cast(I32, inside if always.op == "const" else always & inside)
@@ -219,7 +220,8 @@ def _part(kind: Attention) -> str:
 
 def _operands(kind: Attention) -> tuple[Argument, ...]:
     """Arrays, and their strides."""
-    return (*arrays(kind), *sizes(*(name for one in kind.operands for name in one.strides)))
+    strides = (name for one in kind.operands for name in one.strides)
+    return (*paged(kind), *arrays(kind), *sizes(*strides, *(["PAGES"] if kind.page else [])))
 
 
 #: for each group that shares keys and each query: a row of the result, a maximum and a sum
@@ -280,11 +282,12 @@ GLOBALS: dict[str, Any] = {
 
 #: names that the templates use
 RESERVED = frozenset(
-    "B B0 DEPTH H H0 HEAD_DIM HK KEYS LANES P_PITCH PART PITCH ROWS RUN S SPLITS T THREADS"
-    " THREAD_KEYS THREAD_ROWS VALUE_DIM V_KEYS at b batch block blocks code codes d d0 dimension"
-    " element factor first found g h h_hi h_lo head heads i item j k k0 k_hi k_lo key keys kv_row"
-    " l lane m n p parts part place pt q q_hi q_lo qt result row row0 rows run s scale score shrink"
-    " sinks split tile tiles together top total unit v v0 value whole word y".split()
+    "B B0 DEPTH H H0 HEAD_DIM HK KEYS LANES PAGE PAGES P_PITCH PART PITCH ROWS RUN S SPLITS T"
+    " THREADS THREAD_KEYS THREAD_ROWS VALUE_DIM V_KEYS at b batch block blocks code codes d d0"
+    " dimension element factor first found g h h_hi h_lo head heads i item j k k0 k_hi k_lo key"
+    " keys kv_head kv_row l lane length lengths m n p pages part parts place pt q q_hi q_lo qt"
+    " result row row0 rows run s scale score shrink sinks split tile tiles together top total unit"
+    " v v0 value whole word y".split()
 ) | {f"{one}{n}" for one in ("key", "l", "m", "p", "query", "v") for n in range(128)} | {
     f"{one}{i}x{n}" for one in "sty" for i in range(8) for n in range(128)
 }  # fmt: skip

@@ -5,13 +5,16 @@
 
 Heads of K and V may be fewer than those of Q, which then share them in equal parts.  Where T
 queries meet S keys, query t stands at position q = t + S - T: the last one at the last key.
+
+K and V may be caches of which each batch has filled a part (`Attention.lengths`), in one piece or
+in pages (`Attention.page`; Kwon et al., 2023).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +83,11 @@ class Attention:
     operands    arrays that these two read
     sinks       whether each head has a score of its own that takes part in the softmax and adds
                 nothing to the sum (f32 `sinks`, one a head)
+    lengths     whether batch b has `lengths[b]` keys (i32, one a batch), of the S that there is
+                room for; S is that number, then, for what is said of positions
+    page        keys of a page, where K and V are (pages, heads, page, D): key k of batch b lies in
+                page `pages[b, k // page]` (i32); 0 where they are (B, heads, S, D).  Implies
+                `lengths`
     label       what it is called in names; by default a hash of the expressions
     """
 
@@ -92,9 +100,14 @@ class Attention:
     mask: Expr | None = None
     operands: tuple[Operand, ...] = ()
     sinks: bool = False
+    lengths: bool = False
+    page: int = 0
     label: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if self.page < 0:
+            raise ShapeError(f"pages of {self.page} keys were asked for; they have at least one")
+        object.__setattr__(self, "lengths", self.lengths or self.page > 0)
         object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
         object.__setattr__(self, "scale", float(self.scale or 1 / math.sqrt(self.head_dim)))
         self.k.row_bytes(self.head_dim)
@@ -115,6 +128,8 @@ class Attention:
         plain = self.score is None and self.mask is None and not self.sinks
         if self.label or not plain:
             parts.append(self.label or self._digest())
+        if self.lengths:
+            parts.append(f"pages{self.page}" if self.page else "lengths")
         return "_".join(parts)
 
     @property
@@ -202,6 +217,24 @@ def _shapes(kind: Attention, q: Array, k: Array, v: Array) -> tuple[int, int, in
     return b, h, t, kh, s
 
 
+def _batches(
+    kind: Attention, q: Array, k: Array, v: Array, arrays: Mapping[str, Array]
+) -> Iterator[tuple[int, Array, Array, Array]]:
+    """What K and V hold, in one piece: (first batch, q, k, v) of all batches at once, or of each by
+    itself where they differ in length."""
+    if not kind.lengths:
+        yield 0, q, k, v
+        return
+    for b, count in enumerate(arrays["lengths"]):
+        if kind.page:
+            there = arrays["pages"][b, : -(-int(count) // kind.page)]
+            held = (x[there].swapaxes(0, 1) for x in (k, v))
+            keys, values = (x.reshape(1, x.shape[0], -1, x.shape[-1]) for x in held)
+        else:
+            keys, values = k[b : b + 1], v[b : b + 1]
+        yield b, q[b : b + 1], keys[:, :, :count], values[:, :, :count]
+
+
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
     """Raises ShapeError where q (B, H, T, D), k (B, HK, S, D) and v (B, HK, S, DV) do not fit."""
     if not len(q) == len(k) == len(v) == 4:
@@ -232,14 +265,15 @@ def _environment(
     kind: Attention,
     t: range,
     s: range,
+    first: int,
     whole: tuple[int, int, int, int],
     arrays: Mapping[str, Array],
 ) -> dict[str, Array]:
-    """The variables of score and mask over a tile of (B, H, queries, keys)."""
+    """The variables of score and mask over a tile of (batches from the first on, H, queries, keys)."""
     batches, heads, queries, keys = whole
     shift = keys - queries
     values: dict[str, Any] = {
-        "b": np.arange(batches)[:, None, None, None],
+        "b": np.arange(first, first + batches)[:, None, None, None],
         "h": np.arange(heads)[None, :, None, None],
         "q": (np.arange(t.start, t.stop) + shift)[None, None, :, None],
         "k": np.arange(s.start, s.stop)[None, None, None, :],
@@ -250,13 +284,14 @@ def _environment(
 
 
 def _scores(
-    kind: Attention, q: Array, k: Array, t: range, s: range, arrays: Mapping[str, Array]
+    kind: Attention, first: int, q: Array, k: Array, t: range, s: range, arrays: Mapping[str, Array]
 ) -> Array:
-    """Scores of a tile (B, H, T, S), float64, -inf where the mask does not admit a key."""
+    """Scores of a tile (B, H, T, S), float64, -inf where the mask does not admit a key; `first`:
+    the number of the first batch."""
     (b, h, queries, _), keys = q.shape, k.shape[2]
     products = np.einsum("bhtd,bhsd->bhts", q[:, :, t.start : t.stop], k[:, :, s.start : s.stop])
     tile: Array = kind.scale * products
-    environment = _environment(kind, t, s, (b, h, queries, keys), arrays)
+    environment = _environment(kind, t, s, first, (b, h, queries, keys), arrays)
     fields = {name: np.ascontiguousarray(a).reshape(-1) for name, a in arrays.items()}
     if kind.score is not None:
         given = environment | {"s": tile.astype(np.float32).reshape(-1)}
@@ -279,12 +314,27 @@ def attention(
     """Attention in double precision: q (B, H, T, D), k (B, HK, S, D), v (B, HK, S, DV) to
     (B, H, T, DV).  A query that the mask admits no key gives zeros.
 
-    `arrays`: the operands by name, contiguous; `sinks`: f32 (H,).
+    `arrays`: the operands by name, contiguous, with `lengths` and `pages` where the kind has them;
+    `sinks`: f32 (H,).
     """
+    given = arrays or {}
+    parts = [_plain(kind, *part, given, sinks) for part in _batches(kind, q, k, v, given)]
+    return np.concatenate(parts)
+
+
+def _plain(
+    kind: Attention,
+    first: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    arrays: Mapping[str, Array],
+    sinks: Array | None,
+) -> Array:
     _, h, t, kh, s = _shapes(kind, q, k, v)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, h // kh, axis=1) for x in (k, v))
-    scores = _scores(kind, q, k, range(t), range(s), arrays or {})
+    scores = _scores(kind, first, q, k, range(t), range(s), arrays)
     largest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     if sinks is not None:
         largest = np.maximum(largest, np.asarray(sinks, np.float64)[None, :, None, None])
@@ -311,6 +361,21 @@ def flash_attention(
     """The same in tiles of (queries, keys), with a running maximum and a running sum in float32,
     as kernels do it (Milakov and Gimelshein, 2018; Dao et al., 2022): memory does not grow with
     T * S.  Tiles that the mask does not admit are skipped."""
+    given = arrays or {}
+    parts = [_flash(kind, *part, given, sinks, tile) for part in _batches(kind, q, k, v, given)]
+    return np.concatenate(parts)
+
+
+def _flash(
+    kind: Attention,
+    first: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    arrays: Mapping[str, Array],
+    sinks: Array | None,
+    tile: tuple[int, int],
+) -> Array:
     b, h, t, kh, s = _shapes(kind, q, k, v)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, h // kh, axis=1) for x in (k, v))
@@ -330,7 +395,7 @@ def flash_attention(
             box |= {"k_lo": keys.start, "k_hi": keys.stop - 1}
             if evaluate(never, box, {}).all():
                 continue
-            scores = _scores(kind, q, k, rows, keys, arrays or {})
+            scores = _scores(kind, first, q, k, rows, keys, arrays)
             higher = np.maximum(largest, scores.max(axis=-1, keepdims=True)).astype(np.float32)
             base = np.where(np.isneginf(higher), np.float32(0), higher)
             with np.errstate(invalid="ignore"):

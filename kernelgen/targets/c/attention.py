@@ -111,11 +111,13 @@ def mentions(expr: Expr | None, name: str) -> bool:
     return name in reads(expr) or name in arrays
 
 
-_TAKEN = frozenset("q k v y B H HK T S sinks".split())
+_TAKEN = frozenset("q k v y B H HK T S PAGES lengths pages sinks".split())
 
 
 def _applies(kind: Attention) -> str | None:
     """Operands are parameters, beside those that are always there."""
+    if kind.lengths:
+        return "lengths are not there yet"
     taken = sorted(_TAKEN.intersection(one.name for one in kind.operands))
     if taken:
         return f"an operand is called {taken[0]}, as the kernel calls one of its own arguments"

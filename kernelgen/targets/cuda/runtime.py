@@ -50,6 +50,11 @@ class CupyDriver:
         """A buffer of that many bytes."""
         return self._cupy.empty(nbytes, self._cupy.uint8)
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer[offset : offset + raw.size] = self._cupy.asarray(raw)
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = self._cupy.asnumpy(buffer)

@@ -55,6 +55,11 @@ class TorchDriver:
         """A tensor of that many bytes."""
         return self._torch.empty(max(nbytes, 4), dtype=self._torch.uint8, device="mps")
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer[offset : offset + raw.size] = self._torch.from_numpy(raw.copy()).to(buffer.device)
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()[: out.nbytes]
@@ -139,16 +144,28 @@ class MetalDriver:
             )
         return buffer
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer that no kernel reads any more."""
+        self._wait()
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        np.frombuffer(buffer.contents().as_buffer(buffer.length()), np.uint8)[
+            offset : offset + raw.size
+        ] = raw
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
+        self._wait()
+        found = np.frombuffer(buffer.contents().as_buffer(out.nbytes), np.uint8)
+        out.reshape(-1).view(np.uint8)[:] = found
+
+    def _wait(self) -> None:
+        """Until all that was launched has ended."""
         with self._lock:
             last = self._last
         if last is not None:
             last.waitUntilCompleted()
             if last.error() is not None:
                 raise TargetError(f"a kernel failed: {last.error().localizedDescription()}")
-        found = np.frombuffer(buffer.contents().as_buffer(out.nbytes), np.uint8)
-        out.reshape(-1).view(np.uint8)[:] = found
 
     def program(self, kernel: Kernel) -> Any:
         """The kernel's pipeline."""

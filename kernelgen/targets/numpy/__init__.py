@@ -10,7 +10,7 @@ from kernelgen.config import Capabilities, NoConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, Field
 from kernelgen.ir.ops.attention import Attention
-from kernelgen.targets.attention import TENSORS, arrays
+from kernelgen.targets.attention import TENSORS, arrays, paged
 from kernelgen.targets.base import Argument, Target, Walk
 from kernelgen.targets.numpy.dialect import ARRAYS, statement
 from kernelgen.targets.numpy.steps import ArraySteps, array_steps, attention_steps
@@ -52,9 +52,13 @@ _ATTENTION_SYMBOLS = {
 }  # fmt: skip
 
 
+#: what is handed on batch by batch
+_EACH = ("q", "k", "v", "lengths", "pages")
+
+
 def _given(arguments: tuple[Argument, ...]) -> str:
     """Operands as they are handed on."""
-    first = [a.name for a in arguments if a.role == "in" and a.name not in ("q", "k", "v")]
+    first = [a.name for a in arguments if a.role == "in" and a.name not in _EACH]
     return "".join(f", {name}" for name in first)
 
 
@@ -155,7 +159,8 @@ TARGET = Target(
                 *TENSORS[:3],
                 Argument("y", "result", "f32", ("B", "H", "T", "DV")),
             ),
-            symbols=_ATTENTION_SYMBOLS, steps=attention_steps, operands=arrays,
+            symbols=_ATTENTION_SYMBOLS, steps=attention_steps,
+            operands=lambda kind: (*paged(kind), *arrays(kind)),
             kind=Attention,
         ),
     ),

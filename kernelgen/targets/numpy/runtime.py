@@ -13,6 +13,7 @@ import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.ir.ops import Activations
+from kernelgen.targets.attention import arrays
 from kernelgen.targets.base import Array, Kernel, Weights
 
 
@@ -64,7 +65,7 @@ class NumpyRuntime:
     ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
         """A function of q, k, v, operands by name, and y, which it fills."""
         function = self.function(kernel)
-        names = [a.name for a in kernel.walk.operands(kernel.subject)]
+        names = [a.name for a in arrays(kernel.subject)]
 
         def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
             y[...] = function(q, k.data, v.data, *(operands[name] for name in names))

@@ -64,6 +64,11 @@ class OpenCLDriver:
         """A buffer of that many bytes."""
         return self._cl.Buffer(self._context, self._cl.mem_flags.READ_WRITE, max(nbytes, 4))
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array)
+        self._cl.enqueue_copy(self._queue, buffer, raw, dst_offset=offset, is_blocking=True)
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         self._cl.enqueue_copy(self._queue, out, buffer, is_blocking=True)

@@ -38,7 +38,7 @@ from kernelgen.ir.expr import (
 )
 from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, B, H, K, Q, S, reads
-from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims
+from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims, paged
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, plain, tensor_steps
 
@@ -315,7 +315,8 @@ def _sizes(*names: str) -> tuple[Argument, ...]:
 
 def _operands(kind: Attention) -> tuple[Argument, ...]:
     """Arrays, and their strides."""
-    return (*arrays(kind), *_sizes(*(name for one in kind.operands for name in one.strides)))
+    strides = (name for one in kind.operands for name in one.strides)
+    return (*paged(kind), *arrays(kind), *_sizes(*strides, *(["PAGES"] if kind.page else [])))
 
 
 #: for each program that shares keys and each row: a sum of values; a maximum, and a sum of weights
@@ -373,10 +374,11 @@ GLOBALS: dict[str, Any] = {"full": _full, "log2_e": LOG2_E, "mentions": _mention
 
 #: names that the templates and Python use; an operand of such a name gets an underscore
 RESERVED = frozenset(
-    "B H HK KEYS S SPLITS T and as assert at batch break class code codes column continue def"
-    " del elif else except finally first float for from global half head head_hi head_lo higher if"
-    " import in index is k key key_hi key_lo lambda last left line min none nonlocal not offset or"
-    " pair parts pass q queries query query_hi query_lo raise range return row rows scale scores"
-    " shared shift shrink sinks split sums tile tl top tops total totals triton try v value"
-    " weights while whole with y yield".split()
+    "B H HK KEYS PAGE PAGES S SPLITS T and as assert at batch break class code codes column"
+    " continue def del elif else except finally first float for from global half head head_hi"
+    " head_lo higher if import in index is k key key_hi key_lo lambda last left length lengths"
+    " line line_of min none nonlocal not offset or page pages pair parts pass q queries query"
+    " query_hi query_lo raise range return row rows scale scores shared shift shrink sinks split"
+    " sums tile tl top tops total totals triton try v value weights while whole with"
+    " y yield".split()
 )

@@ -133,6 +133,11 @@ class TorchDriver:
         """A tensor of that many bytes."""
         return self._torch.empty(nbytes, dtype=self._torch.uint8, device=self._device.name)
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer[offset : offset + raw.size] = self._torch.from_numpy(raw.copy()).to(buffer.device)
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()

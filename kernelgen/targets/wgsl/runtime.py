@@ -73,6 +73,13 @@ class WgpuDriver:
             usage=usage.STORAGE | usage.COPY_SRC | usage.COPY_DST,
         )
 
+    def write(self, buffer: Buffer, offset: int, array: Array) -> None:
+        """Put bytes into a buffer."""
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        filled = np.zeros(-(-raw.size // 4) * 4, np.uint8)
+        filled[: raw.size] = raw
+        self.device.queue.write_buffer(buffer, offset, filled)
+
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         if buffer.size <= _SMALL:

@@ -1,0 +1,184 @@
+"""Keys and values of tokens that were seen before: a cache that is quantized as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernelgen.api_attention import attention
+from kernelgen.errors import ShapeError
+from kernelgen.ir import formats
+from kernelgen.ir.block import BlockFormat
+from kernelgen.tensor import QuantTensor, quantize
+
+Array = npt.NDArray[Any]
+
+
+class KVCache:
+    """Keys and values of `batches` sequences, each of its own length, in block formats.
+
+    heads         of keys and values
+    head_dim      elements of a key, `value_dim` of a value (by default as many)
+    capacity      tokens that a sequence may have
+    format        of keys, `value_format` of values (by default the same): f16, q8_0, q4_0...
+    page          tokens of a page.  With pages, sequences take them from a pool as they grow
+                  (Kwon et al., 2023), and memory is `pool` pages in all, by default enough for
+                  all sequences at full length; without, each has room for `capacity` tokens
+
+    `keys`, `values`, `lengths` (int32, one a sequence) and `pages` (int32 (batches, pages of a
+    sequence), or None) are what `kernelgen.attention` takes.  Copies on devices follow each
+    change.  A cache is for one thread at a time.
+
+    Raises ShapeError where sizes contradict each other, FormatError where a format does not fit.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        capacity: int,
+        batches: int = 1,
+        format: str | BlockFormat = "f16",
+        value_format: str | BlockFormat | None = None,
+        value_dim: int | None = None,
+        page: int = 0,
+        pool: int | None = None,
+    ) -> None:
+        if min(heads, head_dim, capacity, batches) < 1 or page < 0:
+            raise ShapeError(
+                f"a cache of {batches} x {capacity} tokens of {heads} heads of {head_dim} elements"
+                f" in pages of {page} was asked for; all but the page, which may be 0, are positive"
+            )
+        of_key = format if isinstance(format, BlockFormat) else formats.get(format)
+        given = value_format or of_key
+        of_value = given if isinstance(given, BlockFormat) else formats.get(given)
+        each = -(-capacity // page) if page else 0
+        if page:
+            count = batches * each if pool is None else pool
+            outer = (count, heads, page)
+        else:
+            outer = (batches, heads, capacity)
+        self.lengths: npt.NDArray[np.int32] = np.zeros(batches, np.int32)
+        self.pages: npt.NDArray[np.int32] | None = None
+        self._capacity, self._page = capacity, page
+        self._free = list(range(outer[0]))[::-1] if page else []
+        if page:
+            self.pages = np.zeros((batches, each), np.int32)
+        self._bytes, self._tensors = [], []
+        for fmt, elements in ((of_key, head_dim), (of_value, value_dim or head_dim)):
+            self._bytes.append(np.zeros((*outer, fmt.row_bytes(elements)), np.uint8))
+            self._tensors.append(QuantTensor(fmt, (*outer, elements), self._bytes[-1]))
+
+    @property
+    def keys(self) -> QuantTensor:
+        """(batches, heads, capacity, head_dim), or (pool, heads, page, head_dim)."""
+        return self._tensors[0]
+
+    @property
+    def values(self) -> QuantTensor:
+        """The same of values."""
+        return self._tensors[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, used or not."""
+        return sum(w.nbytes for w in self._tensors)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the pool that no sequence has."""
+        return len(self._free)
+
+    def append(self, k: Array, v: Array, batches: Iterable[int] | None = None) -> None:
+        """Quantize and keep the keys and values of new tokens.
+
+        k, v     floats (n, heads, T, elements): T tokens for each of n sequences
+        batches  which sequences; by default all, in their order
+
+        Raises ShapeError, and keeps nothing, where shapes do not fit, or there is no room.
+        """
+        which = list(range(len(self.lengths)) if batches is None else batches)
+        for x, w, what in ((k, self.keys, "k"), (v, self.values, "v")):
+            want = (len(which), w.shape[1], k.shape[2] if k.ndim == 4 else -1, w.shape[3])
+            if x.shape != want:
+                raise ShapeError(
+                    f"{what} of shape {x.shape} was given for {len(which)} sequences; it is"
+                    f" (sequences, {w.shape[1]} heads, tokens, {w.shape[3]} elements), tokens as"
+                    " many in k as in v"
+                )
+        rows = [
+            quantize(np.ascontiguousarray(x, np.float32), w.format).data
+            for x, w in zip((k, v), self._tensors, strict=True)
+        ]
+        count = k.shape[2]
+        self._make_room(which, count)
+        for n, b in enumerate(which):
+            for data, place, w in zip(rows, self._bytes, self._tensors, strict=True):
+                self._write(b, data[n], place, w)
+            self.lengths[b] += count
+
+    def _make_room(self, which: list[int], count: int) -> None:
+        """Pages for `count` more tokens of some sequences, or ShapeError."""
+        known = range(len(self.lengths))
+        if len(set(which)) < len(which) or not all(b in known for b in which):
+            raise ShapeError(
+                f"sequences {which} were named; each is at most once, from 0 to {known[-1]}"
+            )
+        longest = max((int(self.lengths[b]) for b in which), default=0) + count
+        if longest > self._capacity:
+            raise ShapeError(
+                f"{longest} tokens of a sequence do not fit a cache for {self._capacity}; make it"
+                " larger, or truncate the sequence"
+            )
+        if self.pages is None:
+            return
+        has = {b: -(-int(self.lengths[b]) // self._page) for b in which}
+        wants = {b: -(-(int(self.lengths[b]) + count) // self._page) for b in which}
+        missing = sum(wants.values()) - sum(has.values())
+        if missing > len(self._free):
+            raise ShapeError(
+                f"{missing} more pages are needed, and {len(self._free)} are free; truncate"
+                " sequences that have ended, or make the pool larger"
+            )
+        for b in which:
+            for n in range(has[b], wants[b]):
+                self.pages[b, n] = self._free.pop()
+
+    def _write(self, b: int, rows: Array, place: Array, w: QuantTensor) -> None:
+        """Blocks (heads, T, bytes) of a sequence behind those it has, on all devices."""
+        start, count = int(self.lengths[b]), rows.shape[1]
+        done = 0
+        while done < count:
+            at = start + done
+            if self.pages is None:
+                outer, inner, some = b, at, count
+            else:
+                outer, inner = int(self.pages[b, at // self._page]), at % self._page
+                some = min(count - done, self._page - inner)
+            place[outer, :, inner : inner + some] = rows[:, done : done + some]
+            for held in tuple(w.prepared.values()):
+                held.renew(place, outer, slice(inner, inner + some))
+            done += some
+
+    def truncate(self, length: int = 0, batch: int | None = None) -> None:
+        """Forget all but the first `length` tokens of a sequence, or of all."""
+        for b in range(len(self.lengths)) if batch is None else (batch,):
+            if not 0 <= length <= self.lengths[b]:
+                raise ShapeError(
+                    f"sequence {b} was to be cut to {length} tokens; it has {self.lengths[b]}"
+                )
+            if self.pages is not None:
+                has, keeps = (-(-int(n) // self._page) for n in (self.lengths[b], length))
+                self._free += [int(n) for n in self.pages[b, keeps:has][::-1]]
+            self.lengths[b] = length
+
+    def attention(self, q: Array, **options: Any) -> Array:
+        """`kernelgen.attention` of q (batches, H, T, head_dim) over all that is kept: the last of
+        the T queries stands at the last token."""
+        return attention(
+            q, self.keys, self.values, lengths=self.lengths, pages=self.pages, **options
+        )
