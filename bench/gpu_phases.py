@@ -393,13 +393,13 @@ def tune(context: Context) -> Iterator[Row]:
     from gpu_tuning import DeviceMeasurer
 
     from kernelgen.tuner import cache, ledger
+    from kernelgen.tuner.problems import MatmulProblem
     from kernelgen.tuner.report import Options
-    from kernelgen.tuner.space import Problem
     from kernelgen.tuner.study import Study
 
     runtime = context.runtime()
     problems = [
-        Problem(fmt, m, context.n, context.k, precision)
+        MatmulProblem(fmt, m, context.n, context.k, precision=precision)
         for m, fmt in itertools.product(context.rows, context.formats)
         for precision in ("int8", "fp16")
     ]

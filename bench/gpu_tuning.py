@@ -20,7 +20,8 @@ from kernelgen.targets.base import Kernel, Target
 from kernelgen.targets.device import DeviceRuntime
 from kernelgen.tuner import gate
 from kernelgen.tuner.measure import FAILED, OK, PRUNED, Outcome
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.problems import MatmulProblem, Problem
+from kernelgen.tuner.space import Candidate
 
 #: a candidate that is so many times slower than the best is not measured again
 _CLEARLY_SLOWER = 1.3
@@ -41,8 +42,8 @@ class DeviceMeasurer:
 
     def prepare(self, problem: Problem, end: float = math.inf) -> None:
         """Make the inputs."""
-        self._problem = problem
-        self._sample = gate.Sample.make(problem.fmt, problem.m, problem.n, problem.k)
+        assert isinstance(problem, MatmulProblem)  # `launches` are of these
+        self._problem, self._case = problem, gate.MatmulCase(problem, many=False)
 
     def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
         """All at once; the driver keeps the binaries."""
@@ -103,7 +104,7 @@ class DeviceMeasurer:
             kernel = self._kernel(one)
             run = self._runtime.matmul(kernel)
             self._verdicts[one.id] = gate.judge(
-                kernel, run, self._runtime, self._target, self._sample, self._problem.max_error
+                kernel, run, self._runtime, self._target, self._case, self._problem.max_error
             )
         return self._verdicts[one.id]
 
@@ -112,14 +113,14 @@ class DeviceMeasurer:
             kernel = self._kernel(one)
             weights = self._copies(str(kernel.config.as_dict()["layout"]))
             self._calls[one.id] = launches(
-                self._runtime, kernel, self._runtime.launcher(kernel), weights, self._sample.x,
+                self._runtime, kernel, self._runtime.launcher(kernel), weights, self._case.sample.x,
                 self._problem.n,
             )  # fmt: skip
         return self._calls[one.id]
 
     def _copies(self, layout: str) -> list[object]:
         if layout not in self._weights:
-            w, named = self._sample.w, named_layout(layout)
+            w, named = self._case.sample.w, named_layout(layout)
             rows = w.data.reshape(w.shape[0], -1)
             packed = rows if layout == "native" else named.pack(rows, w.format, w.shape[1])
             count = max(1, min(_MOST_COPIES, -(-self._past // w.nbytes)))

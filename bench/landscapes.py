@@ -34,8 +34,9 @@ from kernelgen.ir import formats
 from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import device, space
 from kernelgen.tuner.measure import FAILED, OK, Outcome, WorkerMeasurer
+from kernelgen.tuner.problems import MatmulProblem, Problem
 from kernelgen.tuner.replay import Recorder
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.space import Candidate
 
 FOLDER = Path(__file__).parent / "landscapes"
 
@@ -74,7 +75,7 @@ class Landscape:
         """From what the table says."""
         manifest = targets.get(target)
         m, n, k = map(int, shape.split("x"))
-        problem = Problem(formats.get(fmt), m, n, k, precision)
+        problem = MatmulProblem(formats.get(fmt), m, n, k, precision=precision)
         name = f"{target}-{fmt}-{shape}" + f"-{precision}" * (precision != "auto")
         return cls(name, manifest, manifest.runtime(), problem)
 
@@ -97,7 +98,7 @@ class Landscape:
         one = self.problem
         found = device.of(self.target, self.runtime)
         return {
-            "target": self.target.name, "op": one.op, "format": one.fmt.name,
+            "target": self.target.name, "op": one.op, "format": one.name,
             "precision": one.precision, "shape": one.shape, "device": dataclasses.asdict(found),
             "space": len(self.candidates()), "passes": passes(len(self.candidates())),
         }  # fmt: skip

@@ -28,8 +28,8 @@ from kernelgen.ir import formats
 from kernelgen.targets.base import Target
 from kernelgen.tuner import samplers
 from kernelgen.tuner.measure import FAILED, Outcome
+from kernelgen.tuner.problems import MatmulProblem, Problem
 from kernelgen.tuner.replay import Replay, read
-from kernelgen.tuner.space import Problem
 from kernelgen.tuner.study import Options, Study
 
 LANDSCAPES = Path(__file__).parent / "landscapes"
@@ -49,7 +49,9 @@ Curve = list[float]
 def landscape(path: Path) -> tuple[Target, Problem, dict[str, Outcome], str]:
     """What a file holds, and its name."""
     about, outcomes = read(path)
-    problem = Problem(formats.get(about["format"]), *about["shape"], about["precision"])
+    problem = MatmulProblem(
+        formats.get(about["format"]), *about["shape"], precision=about["precision"]
+    )
     return targets.get(about["target"]), problem, outcomes, path.stem
 
 

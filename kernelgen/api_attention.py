@@ -20,6 +20,8 @@ from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
 from kernelgen.targets.base import Runtime
 from kernelgen.tensor import QuantTensor
+from kernelgen.tuner import lookup
+from kernelgen.tuner.problems import AttentionProblem, row_bucket
 
 Array = npt.NDArray[Any]
 
@@ -124,14 +126,26 @@ def _as_tensor(x: Array | QuantTensor, what: str) -> QuantTensor:
 
 @functools.lru_cache(maxsize=1024)
 def _runner(
-    target: str, kind: Attention, queries: int
+    target: str, kind: Attention, shape: tuple[int, int, int, int, int]
 ) -> Callable[[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array], None]:
-    """The compiled kernel of a kind, ready to be called."""
+    """The compiled kernel of a kind for a shape (B, H, HK, T, S), ready to be called."""
     runtime: Runtime = api.runtime_of(target)
     manifest = target_list.get(target)
-    walk = manifest.serve("attention", kind, "fp32", runtime.capabilities())
-    config = walk.default(kind, runtime.capabilities(), queries)
+    plain = Attention(kind.head_dim, kind.k, kind.v, kind.value_dim)
+    problem = AttentionProblem(plain, *shape, precision="fp32")
+    choice = lookup.choose_for(manifest, runtime, problem)
+    walk, config = choice.walk, choice.config
+    if walk.accepts(kind) or walk.refuses(config, kind, runtime.capabilities()):
+        # what serves the plain kind does not fit this one
+        walk = manifest.serve("attention", kind, "fp32", runtime.capabilities())
+        config = walk.default(kind, runtime.capabilities(), problem.rows)
     return runtime.attention(generate_walk(walk, kind, manifest, config))
+
+
+def _bucket(count: int) -> int:
+    """A number of keys as kernels are told apart by it: a cache that grows has the same kernel for
+    long."""
+    return max(64, 1 << (count - 1).bit_length())
 
 
 def attention(
@@ -215,7 +229,10 @@ def attention(
             raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
-        run = _runner(target or api.default_target(), kind, shape[2])
+        b, h, t, s = shape
+        # a batch without any key has none to choose by
+        sizes = (b, h, keys.shape[1], row_bucket(t), _bucket(max(1, s)))
+        run = _runner(target or api.default_target(), kind, sizes)
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 

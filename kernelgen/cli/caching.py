@@ -22,7 +22,7 @@ from kernelgen.cli.terminal import (
 from kernelgen.errors import TuningError
 from kernelgen.tuner import cache, ledger
 from kernelgen.tuner.cache import Entry
-from kernelgen.tuner.space import wanted
+from kernelgen.tuner.problems import wanted
 
 app = typer.Typer(help="What the tuner remembers.", no_args_is_help=True)
 

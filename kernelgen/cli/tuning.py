@@ -32,13 +32,20 @@ from kernelgen.cli.terminal import (
 from kernelgen.errors import ShapeError, TargetError, TuningError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops.attention import Attention, causal, trace
 from kernelgen.problem import PRECISIONS
 from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import lookup, samplers, space
 from kernelgen.tuner.device import of as device_of
 from kernelgen.tuner.measure import WorkerMeasurer
+from kernelgen.tuner.problems import (
+    OBJECTIVES,
+    Asked,
+    AttentionProblem,
+    MatmulProblem,
+    Problem,
+)
 from kernelgen.tuner.report import EFFORTS, Options, Report, Status, amount, summary
-from kernelgen.tuner.space import Problem
 from kernelgen.tuner.study import Study
 
 #: rows of activations that a model's matrices are tuned for: one token, and a prompt
@@ -49,7 +56,7 @@ Precision = Annotated[
 ]
 Objective = Annotated[
     str,
-    typer.Option("--objective", help=f"What is to be least: {' or '.join(space.OBJECTIVES)}."),
+    typer.Option("--objective", help=f"What is to be least: {' or '.join(OBJECTIVES)}."),
 ]
 MaxError = Annotated[
     float | None,
@@ -61,6 +68,18 @@ MaxError = Annotated[
 ]  # fmt: skip
 
 
+_SHAPES = (
+    "Of matmul MxNxK: rows of activations, rows of weights, columns. Of attention BxHxHKxTxSxD:"
+    " batches, heads of q, heads of k and v, queries, keys, elements of a head."
+)
+TunedOp = Annotated[
+    str, typer.Option("--op", help="matmul (matvec for a few rows) or attention (causal).")
+]
+
+#: sizes of a shape as it is written, by op
+_SIZES = {"matmul": "MxNxK", "attention": "BxHxHKxTxSxD"}
+
+
 def tune(
     model: Annotated[
         Path | None,
@@ -69,13 +88,9 @@ def tune(
     target: Annotated[
         Names, typer.Option("--target", metavar="T", help="Targets; by default that of matmul.")
     ] = None,
+    op: TunedOp = "matmul",
     format: FormatNames = None,
-    shape: Annotated[
-        Names,
-        typer.Option(
-            "--shape", metavar="MxNxK", help="Rows of activations x rows of weights x columns."
-        ),
-    ] = None,
+    shape: Annotated[Names, typer.Option("--shape", metavar="SHAPE", help=_SHAPES)] = None,
     rows: Annotated[
         Names, typer.Option("--rows", metavar="M", help="With a model: rows; 1 and 128 by default.")
     ] = None,
@@ -122,10 +137,8 @@ def tune(
 ) -> None:  # fmt: skip
     """Find the best configuration for shapes on this machine, and remember it."""
     begin = time.perf_counter()
-    problems = [
-        dataclasses.replace(one, max_error=max_error, objective=objective)
-        for one in _problems(model, format, shape, rows, precision)
-    ]
+    asked = Asked(precision=precision, max_error=max_error, objective=objective)
+    problems = list(_problems(model, op, format, shape, rows, asked))
     pairs = [(one, _runtime(one, isa)) for one in _targets(target)]
     if dry_run:
         _dry_run(pairs, problems, as_json)
@@ -195,7 +208,7 @@ def _runtime(target: Target, isa: str) -> Runtime:
 
 
 def _problems(
-    model: Path | None, format: Names, shape: Names, rows: Names, precision: str
+    model: Path | None, op: str, format: Names, shape: Names, rows: Names, asked: Asked
 ) -> Iterator[Problem]:
     if model is not None:
         if shape:
@@ -211,9 +224,9 @@ def _problems(
         counts = [int(r) if r.isdigit() else 0 for r in split_names(rows)] or _MODEL_ROWS
         for fmt, n, k in sorted(matrices, key=lambda one: (one[0].name, one[1:])):
             for m in counts:
-                yield Problem(fmt, m, n, k, precision)
+                yield MatmulProblem(fmt, m, n, k, **vars(asked))
         return
-    shapes = [parse_shape(text) for text in split_names(shape)]
+    shapes = split_names(shape)
     if not shapes or not format:
         raise ShapeError(
             "nothing was said about what to tune; give --format and --shape, as --format q4_K"
@@ -221,19 +234,33 @@ def _problems(
         )
     names = split_names(format)
     for fmt in pick_formats([] if names == ["all"] else names):
-        for m, n, k in shapes:
-            yield Problem(fmt, m, n, k, precision)
+        for text in shapes:
+            yield problem_of(op, fmt, text, asked)
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Three numbers from MxNxK."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.lower())
-    if not found or "0" in found.groups():
+def problem_of(op: str, fmt: BlockFormat, shape: str, asked: Asked) -> Problem:
+    """The problem that the command line describes; attention is causal, with K and V in one
+    format."""
+    sizes = _SIZES.get("matmul" if op == "matvec" else op)
+    if sizes is None:
+        raise TuningError(f"{op} was asked about; what is tuned is {', '.join(_SIZES)}")
+    count = sizes.count("x") + 1
+    numbers = re.findall(r"\d+", shape)
+    if "x".join(numbers) != shape.lower() or len(numbers) != count or "0" in numbers:
+        example = {"matmul": "1x4096x4096", "attention": "1x32x8x1x4096x128"}[
+            "matmul" if count == 3 else "attention"
+        ]
         raise ShapeError(
-            f"shape {text!r} was given; write MxNxK with three numbers above 0, as 1x4096x4096"
+            f"shape {shape!r} was given; write {sizes} with {count} numbers above 0, as {example}"
         )
-    m, n, k = map(int, found.groups())
-    return m, n, k
+    given = vars(asked)
+    if count == 3:
+        m, n, k = map(int, numbers)
+        return MatmulProblem(fmt, m, n, k, **given)
+    *outer, head_dim = map(int, numbers)
+    kind = Attention(head_dim, fmt, fmt, mask=trace(None, causal)[1], label="causal")
+    b, h, hk, t, s = outer
+    return AttentionProblem(kind, b, h, hk, t, s, **given)
 
 
 # ---- tune -------------------------------------------------------------------------------------
@@ -353,7 +380,7 @@ def explain(
     op: Annotated[str, typer.Argument(metavar="OP", help="matmul, or matvec: one of few rows.")],
     format: Annotated[str, typer.Argument(metavar="FORMAT", help="A format, in any case.")],
     shape: Annotated[
-        str, typer.Option("--shape", metavar="MxNxK", help="The problem's shape.")
+        str, typer.Option("--shape", metavar="SHAPE", help=_SHAPES)
     ] = "1x4096x4096",
     target: Annotated[
         str, typer.Option("--target", metavar="T", help="By default that of matmul.")
@@ -365,11 +392,10 @@ def explain(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Say which configuration serves a problem, by what rule, and what others there were."""
-    if op not in ("matmul", "matvec"):
-        raise TuningError(f"{op} was asked about; what is tuned is matmul (and matvec)")
     manifest = target_list.get(target or api.default_target())
     runtime = _runtime(manifest, isa)
-    problem = Problem(format_list.get(format), *parse_shape(shape), precision, max_error, objective)
+    asked = Asked(precision=precision, max_error=max_error, objective=objective)
+    problem = problem_of(op, format_list.get(format), shape, asked)
     choice = lookup.choose_for(manifest, runtime, problem)
     others = [
         found for found in lookup.search(manifest, runtime, problem)
@@ -398,9 +424,8 @@ def explain(
         for name, said in caching.facts(entry):
             print(f"  {name:9} {said}")
     else:
-        m, n, k = problem.shape
-        print(f"  expects   unknown; kernelgen tune --target {manifest.name} --format"
-              f" {problem.fmt.name} --shape {m}x{n}x{k} finds out")  # fmt: skip
+        print(f"  expects   unknown; kernelgen tune --target {manifest.name} {problem.flags}"
+              " finds out")  # fmt: skip
     for found in others:
         used = found.refused or f"{found.rule}, further away"
         print(f"  other     {caching.one_line(found.entry)}: {used}")

@@ -27,7 +27,7 @@ from kernelgen.tuner.device import Device
 log = logging.getLogger("kernelgen")
 
 #: of the lines that are written; lines of this and all earlier versions are read
-VERSION = 3
+VERSION = 4
 
 #: what an entry of version 1 lacked, with what it meant
 _SINCE_2: dict[str, Any] = {"provenance": []}
@@ -37,9 +37,11 @@ _SINCE_2: dict[str, Any] = {"provenance": []}
 class Key:
     """What an entry is about.
 
-    op, format, precision  as asked: the precision may be "auto"
+    op, format, precision  as asked: the precision may be "auto"; `format` is the name of what
+                           kernels are specialized for, which for attention says more
     target, device         what it ran on
-    m, n, k                the shape that was measured
+    sizes                  names and numbers of the shape that was measured; before version 4 there
+                           were M, N and K alone
     hash                   of the IR's steps and the walk's template: an entry with another than
                            today's is about another kernel, and is not used
     objective              what was minimized: "time" or "energy"
@@ -53,18 +55,16 @@ class Key:
     format: str
     precision: str
     target: str
-    m: int
-    n: int
-    k: int
+    sizes: tuple[tuple[str, int], ...]
     device: Device
     hash: str
     objective: str = "time"
     max_error: float | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(M, N, K)."""
-        return self.m, self.n, self.k
+    def shape(self) -> tuple[int, ...]:
+        """The numbers alone."""
+        return tuple(number for _, number in self.sizes)
 
     @property
     def problem(self) -> tuple[Any, ...]:
@@ -130,7 +130,8 @@ class Entry:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data: a line of the file."""
-        return {"v": VERSION, **asdict(self)}
+        data = asdict(self)
+        return {"v": VERSION, **data, "key": {**data["key"], "sizes": dict(self.key.sizes)}}
 
 
 def parse(line: str) -> Entry | str:
@@ -152,9 +153,12 @@ def parse(line: str) -> Entry | str:
 def _entry(data: dict[str, Any]) -> Entry:
     key = {f.name: data["key"][f.name] for f in dataclasses.fields(Key) if f.name in data["key"]}
     key["device"] = Device.from_dict(key["device"])
-    for name in ("m", "n", "k"):
-        if not (isinstance(key[name], int) and key[name] > 0):
-            raise ValueError(f"{name} is {key[name]!r}")
+    if data["v"] < 4:
+        key["sizes"] = {name.upper(): data["key"][name] for name in ("m", "n", "k")}
+    for name, number in key["sizes"].items():
+        if not (isinstance(number, int) and number > 0):
+            raise ValueError(f"{name} is {number!r}")
+    key["sizes"] = tuple(key["sizes"].items())
     known = {f.name: data[f.name] for f in dataclasses.fields(Entry) if f.name in data}
     for name in ("samples", "front", "provenance"):
         known[name] = tuple(known.get(name) or ())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,19 @@ from kernelgen.errors import FormatError
 from kernelgen.generate import generate
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import matmul
+from kernelgen.ir.ops.attention import Attention, attention
 from kernelgen.problem import MATVEC_ROWS, relative_error, rounded, tolerance
 from kernelgen.targets.base import Kernel, Runtime, Target
 from kernelgen.tensor import QuantTensor
+from kernelgen.tuner.problems import AttentionProblem, MatmulProblem, Problem
 
 Array = npt.NDArray[Any]
-Run = Callable[[Array, QuantTensor, Array], None]
+#: a kernel, ready to be called: as `Runtime.matmul` or `Runtime.attention` gives it
+Run = Callable[..., None]
+
+#: bytes of inputs to go through in turns, so that they come from memory, as a model's do
+PAST_THE_CACHE = 96 * 2**20
+MOST_COPIES = 64
 
 #: rows of weights that differ; a prime, so that no tile meets the same row in the same place
 _DISTINCT = 61
@@ -93,44 +101,250 @@ class Verdict:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One call of a kernel: `call` gives y, and compared is `part` of it.
+
+    want    float64, what it should give with inputs that its precision rounds
+    exact   the same with exact inputs
+    where   the shape
+    """
+
+    call: Callable[[], Array]
+    want: Array
+    exact: Array
+    where: str
+    part: tuple[slice, ...] = ()
+
+
+class Case(Protocol):
+    """The inputs of a problem, many times over, so that they come from memory."""
+
+    #: bytes of the inputs that are read once
+    nbytes: int
+
+    def runner(self, runtime: Runtime, kernel: Kernel) -> Run:
+        """The kernel, compiled."""
+        ...
+
+    def prepare(self, runtime: Runtime, kernel: Kernel) -> None:
+        """Repack and upload what a kernel reads."""
+        ...
+
+    def call(self, run: Run, turn: int) -> None:
+        """Run a kernel on the inputs whose turn it is."""
+        ...
+
+    def little(self, run: Run, kernel: Kernel) -> None:
+        """Run it on almost nothing."""
+        ...
+
+    def trials(self, kernel: Kernel, run: Run, runtime: Runtime, target: Target) -> Iterator[Trial]:
+        """Small shapes that no tile divides, and the problem's own at last."""
+        ...
+
+
 def judge(
-    kernel: Kernel,
-    run: Run,
-    runtime: Runtime,
-    target: Target,
-    sample: Sample,
+    kernel: Kernel, run: Run, runtime: Runtime, target: Target, case: Case,
     max_error: float | None = None,
-) -> Verdict:
-    """Run a kernel on the sample, and on small shapes that no tile divides.
+) -> Verdict:  # fmt: skip
+    """Run a kernel on a problem, and on small shapes that no tile divides.
 
     The bound is what the op may lose by rounding sums in float32 (kernelgen.problem.tolerance);
-    `max_error` bounds the RMS error besides, and counts what quantized activations add.
+    `max_error` bounds the RMS error besides, and counts what rounded inputs add.
     """
     bound = tolerance(kernel.op, kernel.precision)
     worst = rms = 0.0
-    for one in (*ragged(kernel), sample):
-        m, n = len(one.x), one.w.shape[0]
-        y = np.full((m, n), np.nan, np.float32)  # what is not written stays visible
-        run(one.x, one.w, y)
-        where = f"at {m}x{n}x{one.w.shape[1]}"
-        want = np.resize(one.seen(kernel, runtime, target).T, (n, m)).T
-        error = relative_error(y, want)
+    for one in case.trials(kernel, run, runtime, target):
+        y = one.call()
         if not np.isfinite(y).all():
             return Verdict(
-                error, bound, np.inf, "nan",
+                np.inf, bound, np.inf, "nan",
                 f"{np.count_nonzero(~np.isfinite(y))} of {y.size} results are NaN or infinite"
-                f" {where}, where the reference is finite",
+                f" at {one.where}, where the reference is finite",
             )  # fmt: skip
+        y = y[one.part]
+        error = relative_error(y, one.want)
         if error > bound:
-            reason = f"its error of {error:.2g} {where} exceeds {bound:.2g}"
+            reason = f"its error of {error:.2g} at {one.where} exceeds {bound:.2g}"
             return Verdict(error, bound, np.inf, "wrong", reason)
         worst = max(worst, error)
-        exact = np.resize(one.exact.T, (n, m)).T
-        rms = float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)))
+        rms = float(np.sqrt(np.mean((y - one.exact) ** 2) / np.mean(one.exact**2)))
     if max_error is not None and rms > max_error:
         reason = f"its RMS error of {rms:.2g} exceeds the {max_error:.2g} asked for"
         return Verdict(worst, bound, rms, "wrong", reason)
     return Verdict(worst, bound, rms)
+
+
+def copies(nbytes: int) -> int:
+    """How often inputs have to be there, so that none is in a cache when its turn comes."""
+    return min(MOST_COPIES, max(1, -(-PAST_THE_CACHE // nbytes)))
+
+
+class MatmulCase:
+    """Activations, and weights over and over; only once where not `many` are wanted."""
+
+    def __init__(self, problem: MatmulProblem, many: bool = True) -> None:
+        one = problem
+        self.sample = Sample.make(one.fmt, one.m, one.n, one.k)
+        w = self.sample.w
+        self.nbytes = w.nbytes
+        self._weights = [w]
+        for _ in range(copies(w.nbytes) - 1 if many else 0):
+            self._weights.append(QuantTensor(w.format, w.shape, w.data.copy()))
+        self._out = np.empty((one.m, one.n), np.float32)
+
+    def runner(self, runtime: Runtime, kernel: Kernel) -> Run:
+        """The kernel, compiled."""
+        return runtime.matmul(kernel)
+
+    def prepare(self, runtime: Runtime, kernel: Kernel) -> None:
+        """Repack and upload the weights."""
+        for w in self._weights:
+            runtime.prepare(kernel, w)
+
+    def call(self, run: Run, turn: int) -> None:
+        """Multiply by the weights whose turn it is."""
+        run(self.sample.x, self._weights[turn % len(self._weights)], self._out)
+
+    def little(self, run: Run, kernel: Kernel) -> None:
+        """Multiply a few small matrices."""
+        one = ragged(kernel)[0]
+        run(one.x, one.w, np.empty((len(one.x), one.w.shape[0]), np.float32))
+
+    def trials(self, kernel: Kernel, run: Run, runtime: Runtime, target: Target) -> Iterator[Trial]:
+        """Small matrices, and the problem's."""
+        for one in (*ragged(kernel), self.sample):
+            m, n = len(one.x), one.w.shape[0]
+
+            def call(one: Sample = one, shape: tuple[int, int] = (m, n)) -> Array:
+                y = np.full(shape, np.nan, np.float32)  # what is not written stays visible
+                run(one.x, one.w, y)
+                return y
+
+            seen, exact = one.seen(kernel, runtime, target), one.exact
+            want, plain = (np.resize(x.T, (n, m)).T for x in (seen, exact))
+            yield Trial(call, want, plain, f"{m}x{n}x{one.w.shape[1]}")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """q, k and v, and what k and v hold; `arrays` are other operands."""
+
+    q: Array
+    k: QuantTensor
+    v: QuantTensor
+    arrays: dict[str, Array]
+
+    @classmethod
+    def make(cls, kind: Attention, b: int, h: int, hk: int, t: int, s: int) -> Heads:
+        """Normal numbers in those shapes."""
+        rng = np.random.default_rng(t + s)
+        q = rng.standard_normal((b, h, t, kind.head_dim), np.float32)
+        arrays: dict[str, Array] = {}
+        outer = (b, hk, s)
+        if kind.lengths:
+            arrays["lengths"] = np.full(b, s, np.int32)
+        if kind.page:
+            each = -(-s // kind.page)
+            arrays["pages"] = rng.permutation(b * each).reshape(b, each).astype(np.int32)
+            outer = (b * each, hk, kind.page)
+        if kind.sinks:
+            arrays["sinks"] = rng.standard_normal(h).astype(np.float32)
+
+        def side(fmt: BlockFormat, elements: int) -> QuantTensor:
+            count = math.prod(outer)
+            rows = sample_rows(fmt, min(count, _DISTINCT), elements)
+            # heads and tiles begin with different rows: the count of these is a prime
+            return QuantTensor(fmt, (*outer, elements), np.resize(rows, (count, rows.shape[1])))
+
+        return cls(q, side(kind.k, kind.head_dim), side(kind.v, kind.value_dim), arrays)
+
+    def reference(self, kind: Attention, precision: str, rows: int) -> Array:
+        """The last rows of the first heads that share one of k and v, float64."""
+        shared = self.q.shape[1] // self.k.shape[1]
+        some = slice(0, 1) if not kind.page else slice(None)
+        q, k, v = (
+            rounded(x, precision)
+            for x in (self.q[:1, :shared, -rows:], _first(self.k, some), _first(self.v, some))
+        )
+        sinks = self.arrays.get("sinks")
+        arrays = {name: a[:1] for name, a in self.arrays.items() if name != "sinks"}
+        return attention(kind, q, k, v, arrays, None if sinks is None else sinks[:shared])
+
+    def result(self, kind: Attention) -> Array:
+        """An array for y, in which what is not written stays visible."""
+        return np.full((*self.q.shape[:3], kind.value_dim), np.nan, np.float32)
+
+
+def _first(w: QuantTensor, batches: slice) -> Array:
+    """The values of the first head of some batches."""
+    data = w.data[batches, :1]
+    return QuantTensor(w.format, (*data.shape[:3], w.shape[3]), data).dequantize()
+
+
+#: queries of a head that are compared, of the many that a prefill has
+_COMPARED = 64
+
+
+class AttentionCase:
+    """Queries, and keys and values over and over."""
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        one = problem
+        self._kind = one.kind
+        first = Heads.make(one.kind, one.batches, one.heads, one.kv_heads, one.queries, one.keys)
+        self.nbytes = one.nbytes
+        self._heads = [first]
+        for _ in range(copies(one.nbytes) - 1):
+            k, v = (QuantTensor(w.format, w.shape, w.data.copy()) for w in (first.k, first.v))
+            self._heads.append(Heads(first.q, k, v, first.arrays))
+        self._out = first.result(one.kind)
+
+    def runner(self, runtime: Runtime, kernel: Kernel) -> Run:
+        """The kernel, compiled."""
+        return runtime.attention(kernel)
+
+    def prepare(self, runtime: Runtime, kernel: Kernel) -> None:
+        """Uploads come with the first call."""
+        run = runtime.attention(kernel)
+        for turn in range(len(self._heads)):
+            self.call(run, turn)
+
+    def call(self, run: Run, turn: int) -> None:
+        """Attend to the keys whose turn it is."""
+        one = self._heads[turn % len(self._heads)]
+        run(one.q, one.k, one.v, one.arrays, self._out)
+
+    def little(self, run: Run, kernel: Kernel) -> None:
+        """One query and one key."""
+        one = Heads.make(self._kind, 1, 1, 1, 1, 1)
+        run(one.q, one.k, one.v, one.arrays, one.result(self._kind))
+
+    def trials(self, kernel: Kernel, run: Run, runtime: Runtime, target: Target) -> Iterator[Trial]:
+        """Few and odd numbers of queries and keys, and the problem's."""
+        kind = self._kind
+        odd = [(2, 4, 2, t, s) for t, s in ((1, 77), (5, 5), (33, 129))]
+        for one in (*(Heads.make(kind, *shape) for shape in odd), self._heads[0]):
+            (b, h, t, _), shared = one.q.shape, one.q.shape[1] // one.k.shape[1]
+            rows = min(t, _COMPARED)
+
+            def call(one: Heads = one) -> Array:
+                y = one.result(kind)
+                run(one.q, one.k, one.v, one.arrays, y)
+                return y
+
+            want, exact = (one.reference(kind, p, rows) for p in (kernel.precision, "fp32"))
+            part = (slice(0, 1), slice(0, shared), slice(t - rows, t))
+            yield Trial(call, want, exact, f"{b}x{h}x{t}, {kind.name}", part)
+
+
+def case(problem: Problem) -> Case:
+    """The inputs of a problem."""
+    if isinstance(problem, MatmulProblem):
+        return MatmulCase(problem)
+    assert isinstance(problem, AttentionProblem)
+    return AttentionCase(problem)
 
 
 def ragged(kernel: Kernel) -> tuple[Sample, ...]:

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernelgen.errors import FileError
+from kernelgen.errors import FileError, KernelgenError
 from kernelgen.targets.base import Target
 from kernelgen.tuner import cache, space
 from kernelgen.tuner.cache import Entry, Key
+from kernelgen.tuner.problems import subject_named
 
 
 def load(path: Path) -> tuple[list[Entry], list[str]]:
@@ -115,16 +116,14 @@ class Pruned:
 
 def stale(entry: Entry, target: Target | None) -> str | None:
     """Why an entry cannot be used by this kernelgen, on any device, or None."""
-    from kernelgen.errors import KernelgenError
-    from kernelgen.ir import formats
-
     if target is None:
         return f"there is no target {entry.key.target}"
     walk = space.walk_named(target, entry.key.op, entry.walk)
     if walk is None:
         return f"there is no walk {entry.walk}"
     try:
-        if space.walk_hash(walk, formats.get(entry.key.format), target) != entry.key.hash:
+        subject = subject_named(entry.key.op, entry.key.format)
+        if space.walk_hash(walk, subject, target) != entry.key.hash:
             return "the walk or the format has changed since"
         walk.config.from_dict(entry.config)
     except (KernelgenError, TypeError) as error:

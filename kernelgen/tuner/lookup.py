@@ -8,7 +8,6 @@ is still what it was when it was measured, and the device can run the configurat
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import Runtime, Target, Walk
 from kernelgen.tuner import cache, device, space
 from kernelgen.tuner.cache import Entry
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.problems import MatmulProblem, Problem
+from kernelgen.tuner.space import Candidate
 
 log = logging.getLogger("kernelgen")
 
@@ -27,9 +27,6 @@ log = logging.getLogger("kernelgen")
 EXACT, NEAREST, FAMILY, PRESET, DEFAULT = (
     "exact", "nearest shape", "same family", "preset", "default"
 )  # fmt: skip
-
-#: how many times larger or smaller N and K of another shape may be, as powers of two
-_NEAR = 2.0
 
 #: makes a miss an error
 REQUIRE = "KERNELGEN_REQUIRE_TUNED"
@@ -76,17 +73,6 @@ class Choice:
         return self.found.entry if self.found else None
 
 
-def apart(one: tuple[int, int, int], other: tuple[int, int, int]) -> float | None:
-    """How far shapes are from each other in powers of two: 0 for the same bucket, None for shapes
-    that say nothing about each other."""
-    if one[0] != other[0] and space.row_bucket(one[0]) == space.row_bucket(other[0]):
-        one = (other[0], *one[1:])
-    rows, *others = (abs(math.log2(a / b)) for a, b in zip(one, other, strict=True))
-    if rows > 1 or max(others) > _NEAR:
-        return None
-    return rows + sum(others)
-
-
 def search(
     target: Target, runtime: Runtime, problem: Problem, *, presets: bool = True
 ) -> Iterator[Found]:
@@ -119,7 +105,7 @@ def _far(target: Target, problem: Problem, entry: Entry) -> float | None:
     """The distance of an entry's shape; None where it is about something else."""
     key = entry.key
     if (key.target, key.op, key.format, key.objective, key.max_error) != (
-        target.name, problem.op, problem.fmt.name, problem.objective, problem.max_error
+        target.name, problem.op, problem.name, problem.objective, problem.max_error
     ):  # fmt: skip
         return None
     # an "auto" study whose winner computes in a precision is the best of that precision, too
@@ -127,7 +113,7 @@ def _far(target: Target, problem: Problem, entry: Entry) -> float | None:
         key.precision == "auto" and entry.used == problem.precision
     ):
         return None
-    return apart(problem.shape, key.shape)
+    return problem.apart(key.shape)
 
 
 def _still(
@@ -137,13 +123,13 @@ def _still(
     one = space.walk_named(target, problem.op, entry.walk)
     if one is None or one not in space.walks(target, problem):
         return None, f"there is no walk {entry.walk} for it any more"
-    if space.walk_hash(one, problem.fmt, target) != entry.key.hash:
+    if space.walk_hash(one, problem.like, target) != entry.key.hash:
         return None, "it is stale: the walk or the format has changed since"
     try:
         candidate = Candidate(one, one.config.from_dict(entry.config))
     except (ConfigError, TypeError) as error:
         return None, f"its configuration is none any more: {error}"
-    return candidate, space.refusal(candidate, problem.fmt, caps)
+    return candidate, space.refusal(candidate, problem.subject, caps)
 
 
 def choose(
@@ -156,7 +142,8 @@ def choose(
 ) -> Choice:
     """What serves a problem.  Raises TuningError on a miss where KERNELGEN_REQUIRE_TUNED is set."""
     m, n, k = shape
-    return choose_for(target, runtime, Problem(fmt, m, max(n, 1), k, precision, max_error))
+    problem = MatmulProblem(fmt, m, max(n, 1), k, precision=precision, max_error=max_error)
+    return choose_for(target, runtime, problem)
 
 
 def choose_for(target: Target, runtime: Runtime, problem: Problem) -> Choice:
@@ -170,11 +157,10 @@ def choose_for(target: Target, runtime: Runtime, problem: Problem) -> Choice:
     plain = space.default(target, caps, problem)
     choice = Choice(plain, DEFAULT, None, "; ".join(["no usable entry", *refused]))
     if os.environ.get(REQUIRE, "") not in ("", "0") and _open(target, caps, problem):
-        m, n, k = problem.shape
         raise TuningError(
             f"{problem} was asked for on {device.of(target, runtime)} with {REQUIRE} set, and there"
-            f" is {choice.why}; run kernelgen tune --target {target.name} --format"
-            f" {problem.fmt.name} --shape {m}x{n}x{k} --precision {problem.precision}"
+            f" is {choice.why}; run kernelgen tune --target {target.name} {problem.flags}"
+            f" --precision {problem.precision}"
         )
     log.debug("%s on target %s: default, %s", problem, target.name, choice.why)
     return choice

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Protocol
 
 from kernelgen.errors import TuningError
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.problems import Problem
+from kernelgen.tuner.space import Candidate
 from kernelgen.tuner.worker import STANDARD
 
 OK, PRUNED, FAILED = "ok", "pruned", "failed"
@@ -276,10 +277,9 @@ class WorkerMeasurer:
 
     def prepare(self, problem: Problem, end: float = math.inf) -> None:
         """Tell the workers."""
-        about = request_for(problem)
-        self._child.tell(about, end)
+        self._child.tell(request_for(problem), end)
         for child in self._compilers[1:]:
-            child.tell(about | {"m": 1, "n": 1, "k": problem.fmt.block}, end)  # needs no inputs
+            child.tell(request_for(problem.smallest), end)  # needs no inputs
 
     def compile(self, candidates: Sequence[Candidate], limit: float) -> dict[str, Outcome]:
         """Compile in parallel."""
@@ -343,13 +343,9 @@ class WorkerMeasurer:
 
 
 def request_for(problem: Problem) -> dict[str, Any]:
-    """A problem as workers are told it.  The format goes along as it is described, as a worker
-    knows only those that come with kernelgen."""
-    return {
-        "format": base64.b64encode(pickle.dumps(problem.fmt)).decode(), "m": problem.m,
-        "n": problem.n, "k": problem.k, "precision": problem.precision,
-        "max_error": problem.max_error, "objective": problem.objective,
-    }  # fmt: skip
+    """A problem as workers are told it: with its format as that is described, as a worker knows
+    only those that come with kernelgen."""
+    return {"problem": base64.b64encode(pickle.dumps(problem)).decode()}
 
 
 def _failed(reply: dict[str, Any], spent: float) -> Outcome:

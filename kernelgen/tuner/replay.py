@@ -14,7 +14,8 @@ from typing import Any
 
 from kernelgen.errors import FileError
 from kernelgen.tuner.measure import FAILED, Outcome
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.problems import Problem
+from kernelgen.tuner.space import Candidate
 
 
 class Recorder:

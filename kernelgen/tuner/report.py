@@ -11,7 +11,8 @@ import numpy as np
 from kernelgen.tuner import device, samplers, space
 from kernelgen.tuner.cache import Entry
 from kernelgen.tuner.measure import FAILED, OK, Outcome
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.problems import Problem
+from kernelgen.tuner.space import Candidate
 
 #: budgets in seconds by name
 EFFORTS = {"quick": 10.0, "normal": 60.0, "full": 600.0}

@@ -13,95 +13,14 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any
 
 from kernelgen.config import Capabilities, Config
-from kernelgen.errors import ConfigError, ShapeError, TargetError
+from kernelgen.errors import TargetError
 from kernelgen.generate import generate_walk
-from kernelgen.ir.block import BlockFormat
-from kernelgen.problem import PRECISIONS, acceptable, choose_precision, op_for
-from kernelgen.targets.base import Target, Walk
-
-#: what may be minimized
-OBJECTIVES = ("time", "energy")
-
-#: rows of activations above which kernels behave alike
-_MOST_ROWS = 4096
-
-
-def row_bucket(m: int) -> int:
-    """M as problems are told apart: each of the first eight, then powers of two."""
-    return m if m <= 8 else min(1 << (m - 1).bit_length(), _MOST_ROWS)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is tuned: x (M, K) times weights (N, K) of a format, in a precision that is asked for
-    (one of PRECISIONS, of which "auto" leaves it open).
-
-    max_error   RMS error, relative to the result's RMS, that rounded activations included may
-                make; None for what the precision that was asked for stands for
-    objective   what is to be least: one of OBJECTIVES
-    """
-
-    fmt: BlockFormat
-    m: int
-    n: int
-    k: int
-    precision: str = "auto"
-    max_error: float | None = None
-    objective: str = "time"
-
-    def __post_init__(self) -> None:
-        choose_precision(self.precision, self.fmt)
-        if self.max_error is not None and not self.max_error > 0:
-            raise ConfigError(
-                f"a largest error of {self.max_error} was asked for; it must be above 0, as 0.01"
-            )
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(
-                f"objective {self.objective!r} was asked for; allowed are {', '.join(OBJECTIVES)}"
-            )
-        if min(self.m, self.n, self.k) < 1:
-            raise ShapeError(f"shape {self.m}x{self.n}x{self.k} was given; M, N and K are above 0")
-        self.fmt.row_bytes(self.k)
-
-    @property
-    def op(self) -> str:
-        """The op that serves it."""
-        return op_for(self.m)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(M, N, K)."""
-        return self.m, self.n, self.k
-
-    def __str__(self) -> str:
-        shape, asked = "x".join(map(str, self.shape)), wanted(self)
-        return f"{self.op} {self.fmt.name} {shape} ({asked})"
-
-
-class Wanted(Protocol):
-    """What problems and keys of entries say alike."""
-
-    @property
-    def precision(self) -> str: ...
-
-    @property
-    def max_error(self) -> float | None: ...
-
-    @property
-    def objective(self) -> str: ...
-
-
-def wanted(one: Wanted) -> str:
-    """What was asked for besides op, format and shape, in a few words."""
-    parts = [one.precision]
-    if one.max_error is not None:
-        parts.append(f"error <= {one.max_error:g}")
-    if one.objective != "time":
-        parts.append(f"least {one.objective}")
-    return ", ".join(parts)
+from kernelgen.problem import PRECISIONS, acceptable
+from kernelgen.targets.base import Subject, Target, Walk
+from kernelgen.tuner.problems import Problem, row_bucket
 
 
 @dataclass(frozen=True)
@@ -141,7 +60,7 @@ def precisions(problem: Problem) -> tuple[str, ...]:
     gate holds them to.  "fp16" has to be asked for by name: it has no numbers above 65504, which
     no sample of activations can rule out.
     """
-    found = acceptable(problem.precision, problem.fmt)
+    found = acceptable(problem.precision, problem.subject)
     if problem.precision == "auto" and (found[0] != "fp32" or problem.max_error is not None):
         found = tuple(
             dict.fromkeys((*found, *(p for p in PRECISIONS if p not in ("auto", "fp16"))))
@@ -153,12 +72,13 @@ def walks(target: Target, problem: Problem) -> list[Walk]:
     """Walks that may serve a problem."""
     stands_for, *others = precisions(problem)
     allowed = {"", stands_for, *others}
+    op, subject = problem.op, problem.subject
     found = [
         one for one in target.walks
-        if one.op == problem.op and one.precision in allowed and one.accepts(problem.fmt) is None
+        if one.op == op and one.precision in allowed and one.accepts(subject) is None
     ]  # fmt: skip
     if not found:
-        target.serve(problem.op, problem.fmt, problem.precision, target.capabilities)  # says why
+        target.serve(op, subject, problem.precision, target.capabilities)  # says why
         raise TargetError(f"target {target.name} has no walk for {problem}")
     # the order of the manifest is that of preference, but what was asked for comes first
     return sorted(found, key=lambda one: one.precision not in ("", stands_for))
@@ -169,13 +89,13 @@ def default(target: Target, caps: Capabilities, problem: Problem) -> Candidate:
     measured, "auto" stands for float32."""
     unsure = problem.precision == "auto" and problem.max_error is not None
     asked = "fp32" if unsure else problem.precision
-    one = target.serve(problem.op, problem.fmt, asked, caps)
-    return Candidate(one, one.default(problem.fmt, caps, row_bucket(problem.m)))
+    one = target.serve(problem.op, problem.subject, asked, caps)
+    return Candidate(one, one.default(problem.subject, caps, row_bucket(problem.rows)))
 
 
-def refusal(candidate: Candidate, fmt: BlockFormat, caps: Capabilities) -> str | None:
-    """Why a device cannot run a candidate for a format, or None."""
-    return candidate.walk.refuses(candidate.config, fmt, caps)
+def refusal(candidate: Candidate, subject: Subject, caps: Capabilities) -> str | None:
+    """Why a device cannot run a candidate for a subject, or None."""
+    return candidate.walk.refuses(candidate.config, subject, caps)
 
 
 def every(target: Target, problem: Problem) -> Iterator[Candidate]:
@@ -216,7 +136,7 @@ def explore(
     forbidden: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for one in every(target, problem):
-        reason = refusal(one, problem.fmt, caps)
+        reason = refusal(one, problem.subject, caps)
         if only is not None:
             reason = None if one.id in only else "it is not among those given"
         if reason is None:
@@ -265,10 +185,10 @@ def walk_named(target: Target, op: str, name: str) -> Walk | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def walk_hash(one: Walk, fmt: BlockFormat, target: Target) -> str:
-    """Hash of all that makes the kernels of a walk for a format: the text of the default one, and
+def walk_hash(one: Walk, subject: Subject, target: Target) -> str:
+    """Hash of all that makes the kernels of a walk for a subject: the text of the default one, and
     the files that it includes.  The version of kernelgen alone changes nothing."""
-    kernel = generate_walk(one, fmt, target)
+    kernel = generate_walk(one, subject, target)
     text = re.sub(r"Generated by kernelgen \S+ walk.*", "", kernel.source)
     digest = hashlib.sha256(text.replace(kernel.hash, "").encode())
     place = files("kernelgen") / "targets" / target.name

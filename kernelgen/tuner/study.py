@@ -19,9 +19,10 @@ from kernelgen.tuner import cache, device, lookup, samplers, space
 from kernelgen.tuner.cache import Entry, Key
 from kernelgen.tuner.measure import FAILED, OK, PRUNED, Measurer, Outcome
 from kernelgen.tuner.pickers import PICKERS, Greedy
+from kernelgen.tuner.problems import Problem
 from kernelgen.tuner.replay import Recorder
 from kernelgen.tuner.report import EFFORTS, Options, Report, Status, summary
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.space import Candidate
 from kernelgen.tuner.storage import Trials, fastest
 from kernelgen.tuner.worker import from_memory
 
@@ -77,7 +78,7 @@ class Study:
         if default.id not in self._space.by_id:  # a device smaller than what is assumed
             default = self._space.legal[0]
         self.report = Report(problem, device.of(target, runtime), self._space, default)
-        self._hash = space.walk_hash(default.walk, problem.fmt, target)
+        self._hash = space.walk_hash(default.walk, problem.like, target)
         picker = PICKERS.get(self.options.sampler)
         seed = self.options.seed
         self._picker = picker(self._space, default, seed) if picker else None
@@ -131,7 +132,7 @@ class Study:
         goal = "" if problem.objective == "time" else problem.objective
         shape = "x".join(map(str, problem.shape))
         parts = (
-            self._target.name, about.name, about.isa, problem.op, problem.fmt.name,
+            self._target.name, about.name, about.isa, problem.op, problem.name,
             problem.precision, gate, goal, shape, self._hash,
         )  # fmt: skip
         return "-".join(filter(None, parts)).replace(" ", "_").replace("/", "_")
@@ -146,7 +147,7 @@ class Study:
             self._recorder = Recorder(
                 place,
                 {
-                    "target": self._target.name, "op": problem.op, "format": problem.fmt.name,
+                    "target": self._target.name, "op": problem.op, "format": problem.name,
                     "precision": problem.precision, "shape": problem.shape, "hash": self._hash,
                     "max_error": problem.max_error, "device": vars(about),
                     "space": len(self._space.legal),
@@ -182,7 +183,7 @@ class Study:
             self._patience = min(hi, max(lo, 3 * first.spent + self._slice))
 
     def _find_roofline(self) -> None:
-        nbytes = self._problem.n * self._problem.fmt.row_bytes(self._problem.k)
+        nbytes = self._problem.nbytes
         if from_memory(nbytes) and self._goal == "time":
             wide = fastest(self.report.device) or self._bandwidth()
             self.report.roofline = nbytes / wide if wide else None
@@ -255,8 +256,7 @@ class Study:
             # measured once for the device, perhaps while others worked on it: ask again
             wide = self._bandwidth()
             if wide:
-                problem = self._problem
-                report.roofline = problem.n * problem.fmt.row_bytes(problem.k) / wide
+                report.roofline = self._problem.nbytes / wide
             if self._values[self._best.id] <= report.roofline * _NEAR_ROOFLINE:
                 report.stopped = "the roofline is reached"
         return bool(report.stopped)
@@ -412,8 +412,9 @@ class Study:
         assert best is not None and report.cost is not None
         outcome, goal = self._done[best.id], self._goal
         key = Key(
-            problem.op, problem.fmt.name, problem.precision, self._target.name, *problem.shape,
-            report.device, space.walk_hash(best.walk, problem.fmt, self._target),
+            problem.op, problem.name, problem.precision, self._target.name,
+            tuple(problem.sizes.items()), report.device,
+            space.walk_hash(best.walk, problem.like, self._target),
             problem.objective, problem.max_error,
         )  # fmt: skip
         second = next((one for one in self._ranked() if one.id != best.id), None)

@@ -28,19 +28,15 @@ from kernelgen import targets
 from kernelgen.errors import CompileError, KernelgenError, TargetError, TuningError
 from kernelgen.generate import generate_walk
 from kernelgen.targets.base import Kernel, Runtime, Target
-from kernelgen.tensor import QuantTensor
 from kernelgen.tuner import energy, gate, space
+from kernelgen.tuner.problems import Problem
 
 Array = npt.NDArray[Any]
 
-#: bytes of weights to go through in turns, so that they come from memory, as a model's do
-PAST_THE_CACHE = 96 * 2**20
-_MOST_COPIES = 64
-
 
 def from_memory(nbytes: int) -> bool:
-    """Whether weights of that size are read from memory when they are timed, not from a cache."""
-    return nbytes * _MOST_COPIES >= PAST_THE_CACHE
+    """Whether inputs of that size are read from memory when they are timed, not from a cache."""
+    return nbytes * gate.MOST_COPIES >= gate.PAST_THE_CACHE
 
 
 #: seconds of calls one after the other in a turn
@@ -88,26 +84,22 @@ class Worker:
 
     def __init__(self, target: Target, runtime: Runtime) -> None:
         self.target, self.runtime = target, runtime
-        self._problem: space.Problem | None = None
+        self._problem: Problem | None = None
+        self._case: gate.Case | None = None
         self._runs: dict[str, tuple[Kernel, gate.Run]] = {}
         self._verdicts: dict[str, gate.Verdict] = {}
-        self._copies: list[QuantTensor] = []
         self._turn = 0
         self._meter: energy.Meter | None = None
         self._least = _BURST
         self._clock = "wall"
 
-    def problem(
-        self, format: str, m: int, n: int, k: int, precision: str, max_error: float | None = None,
-        objective: str = "time",
-    ) -> dict[str, Any]:  # fmt: skip
-        """Make the inputs of a problem, once for all candidates; the format comes pickled."""
-        fmt = pickle.loads(base64.b64decode(format))
-        self._problem = space.Problem(fmt, m, n, k, precision, max_error, objective)
+    def problem(self, problem: str) -> dict[str, Any]:
+        """Make the inputs of a problem, once for all candidates; it comes pickled."""
+        one = self._problem = pickle.loads(base64.b64decode(problem))
         meter = energy.find((self.runtime.describe() or [{}])[0])
         self._meter = None if isinstance(meter, str) else meter
         self._least = _BURST
-        if objective == "energy":
+        if one.objective == "energy":
             if isinstance(meter, str):
                 raise TuningError(f"least energy was asked for, but {meter}; tune for time")
             self._least = max(_BURST, _PERIODS * meter.period)
@@ -115,14 +107,8 @@ class Worker:
             self._meter = None  # it would miss a burst
         self._runs.clear()
         self._verdicts.clear()
-        self._sample = gate.Sample.make(fmt, m, n, k)
-        w = self._sample.w
-        copies = min(_MOST_COPIES, max(1, -(-PAST_THE_CACHE // w.nbytes)))
-        self._copies = [w]
-        for _ in range(copies - 1):
-            self._copies.append(QuantTensor(fmt, w.shape, w.data.copy()))
-        self._out = np.empty((m, n), np.float32)
-        return {"copies": copies, "nbytes": w.nbytes}
+        self._case = gate.case(one)
+        return {"nbytes": self._case.nbytes}
 
     def compile(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
         """Compile a candidate for all processes, as far as the target keeps binaries on disk."""
@@ -133,20 +119,20 @@ class Worker:
     def launch(self, candidate: Mapping[str, Any]) -> dict[str, Any]:
         """Run a candidate on little: some drivers compile for all processes only then."""
         _, kernel, run = self._load(candidate)
-        one = gate.ragged(kernel)[0]
-        run(one.x, one.w, np.empty((len(one.x), one.w.shape[0]), np.float32))
+        assert self._case is not None
+        self._case.little(run, kernel)
         return {}
 
     def _load(self, candidate: Mapping[str, Any]) -> tuple[str, Kernel, gate.Run]:
-        assert self._problem is not None
+        assert self._problem is not None and self._case is not None
         name = json.dumps(candidate, sort_keys=True)
         if name not in self._runs:
             walk = space.walk_named(self.target, candidate["op"], candidate["walk"])
             if walk is None:
                 raise TargetError(f"target {self.target.name} has no walk {candidate['walk']}")
             config = walk.config.from_dict(candidate["config"])
-            kernel = generate_walk(walk, self._problem.fmt, self.target, config)
-            self._runs[name] = kernel, self.runtime.matmul(kernel)
+            kernel = generate_walk(walk, self._problem.subject, self.target, config)
+            self._runs[name] = kernel, self._case.runner(self.runtime, kernel)
         return name, *self._runs[name]
 
     def measure(
@@ -161,18 +147,18 @@ class Worker:
         """Check a candidate, then time it in turns with another, for about so many seconds;
         `expect`: seconds that a call of the other takes."""
         name, kernel, run = self._load(candidate)
-        assert self._problem is not None
+        problem, case = self._problem, self._case
+        assert problem is not None and case is not None
         verdict = self._verdicts.get(name)
         if verdict is None:
             verdict = self._verdicts[name] = gate.judge(
-                kernel, run, self.runtime, self.target, self._sample, self._problem.max_error
+                kernel, run, self.runtime, self.target, case, problem.max_error
             )
         if verdict.kind is not None:
             raise Failure(verdict.kind, verdict.reason or "")
         about = {"error": verdict.error, "bound": verdict.bound, "rms_error": verdict.rms_error}
-        for w in self._copies:
-            self.runtime.prepare(kernel, w)  # repacks or uploads what no other candidate did
-        run(self._sample.x, self._copies[0], self._out)
+        case.prepare(self.runtime, kernel)  # repacks or uploads what no other candidate did
+        case.call(run, 0)
         if prune and expect is not None:
             # what is far too slow is not worth a second look, nor that of its rival
             once = self._once(run)
@@ -184,24 +170,24 @@ class Worker:
         other = None
         if against is not None:
             _, rival, other = self._load(against)
-            for w in self._copies:
-                self.runtime.prepare(rival, w)
-            other(self._sample.x, self._copies[0], self._out)
+            case.prepare(self.runtime, rival)
+            case.call(other, 0)
         return self._time(run, other, seconds, rounds, prune) | about
 
     def _once(self, run: gate.Run) -> float:
-        """Seconds of one call with the next copy of the weights: of its launches, where the device
+        """Seconds of one call with the next copy of the inputs: of its launches, where the device
         says how long they take, else of all of it."""
         self._turn += 1
-        w = self._copies[self._turn % len(self._copies)]
+        case, turn = self._case, self._turn
+        assert case is not None
         timed = getattr(self.runtime, "timed", None)
         if timed is not None:
-            found: float | None = timed(lambda: run(self._sample.x, w, self._out))
+            found: float | None = timed(lambda: case.call(run, turn))
             if found is not None:
                 self._clock = "device"
                 return found
         begin = time.perf_counter()
-        run(self._sample.x, w, self._out)
+        case.call(run, turn)
         return time.perf_counter() - begin
 
     def _time(
@@ -233,7 +219,7 @@ class Worker:
         return {**found, "pruned": pruned, "clock": self._clock}
 
     def _burst(self, run: gate.Run) -> Burst:
-        """Calls, each with the next copy of the weights: the median of their seconds, and the mean
+        """Calls, each with the next copy of the inputs: the median of their seconds, and the mean
         of their joules (0 without a meter)."""
         times: list[float] = []
         used = self._meter.joules() if self._meter else 0.0

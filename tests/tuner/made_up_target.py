@@ -20,12 +20,12 @@ from kernelgen.ir import formats
 from kernelgen.targets.base import Kernel, Runtime, Target
 from kernelgen.tuner import space
 from kernelgen.tuner.measure import OK, Outcome
-from kernelgen.tuner.space import Problem
+from kernelgen.tuner.problems import MatmulProblem, Problem
 
 KINDS = ("good", "slow", "fast", "loops", "crashes", "nan", "wrong", "greedy", "compiles not")
 
 #: a problem that takes no time
-SMALL = Problem(formats.get("q8_0"), 1, 64, 256)
+SMALL = MatmulProblem(formats.get("q8_0"), 1, 64, 256)
 
 needs_c = pytest.mark.skipif(
     targets.get("c").runtime().available() is not None, reason="needs a C compiler"

@@ -23,12 +23,16 @@ DEVICE = Device("Made Up 3000", "1.0", 4, "x9")
 
 
 def entry(
-    n: int = 64, seconds: float = 1e-3, time: str = "2026-01-01T00:00:00+00:00", **key: Any
+    n: int = 64,
+    seconds: float = 1e-3,
+    time: str = "2026-01-01T00:00:00+00:00",
+    m: int = 1,
+    **key: Any,
 ) -> Entry:
     """An entry about nothing real."""
     named: dict[str, Any] = {
-        "op": "matvec", "format": "q4_K", "precision": "auto", "target": "made up", "m": 1,
-        "n": n, "k": 256, "device": DEVICE, "hash": "0" * 16,
+        "op": "matvec", "format": "q4_K", "precision": "auto", "target": "made up",
+        "sizes": (("M", m), ("N", n), ("K", 256)), "device": DEVICE, "hash": "0" * 16,
     }  # fmt: skip
     return Entry(
         Key(**(named | key)), "walk", "int8", {"columns": 4}, seconds, (seconds,),
@@ -63,6 +67,7 @@ def test_a_line_of_version_1_is_read() -> None:
     for name in ("front", "provenance", "runner_up", "rms_error"):
         del data[name]
     del data["key"]["objective"]
+    data["key"] |= {name.lower(): size for name, size in data["key"].pop("sizes").items()}
     data["something new"] = 7
     found = cache.parse(json.dumps(data))
     assert isinstance(found, Entry)
@@ -81,7 +86,7 @@ def test_what_is_no_entry_is_left_out(line: str) -> None:
     path = cache.append(entry())
     cache.write_lines(path, [line])
     cache.append(entry(n=128))
-    assert [one.key.n for one in cache.read(path)] == [64, 128]
+    assert [one.key.shape[1] for one in cache.read(path)] == [64, 128]
 
 
 def test_a_foreign_file_and_an_unreadable_one_harm_nothing(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_a_torn_line_is_ignored_and_spoils_no_other() -> None:
         path.write_bytes(whole + whole[:cut])
         assert len(cache.read(path)) == 1 + (cut == len(whole) - 1)  # all but the line break
         cache.append(entry(n=128))
-        assert [one.key.n for one in cache.read(path)][-1] == 128
+        assert [one.key.shape[1] for one in cache.read(path)][-1] == 128
         assert cache.read(path)[0] == entry()
 
 
@@ -150,12 +155,12 @@ def test_nothing_is_lost_when_writers_are_killed(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     path = cache.folder() / "shared.jsonl"
-    found = {(one.key.m, one.key.n) for one in cache.read(path)}
+    found = {one.key.shape[:2] for one in cache.read(path)}
     for number in said:
         for count in map(int, lines(number)[1:]):  # what a writer said is written
             assert (number, count) in found
     cache.append(entry(n=7, m=99), path)
-    assert cache.read(path)[-1].key.m == 99
+    assert cache.read(path)[-1].key.shape[0] == 99
 
 
 def test_an_entry_moves_between_machines(tmp_path: Path) -> None:

@@ -43,12 +43,15 @@ def entry(
     """An entry for SMALL, written."""
     target, runtime = pair
     one = space.walks(target, SMALL)[0]
+    sizes = {"m": 1, "n": 64, "k": 256}
     names = {"config", "walk", "used", "seconds", "time"}
     key: dict[str, Any] = {
-        "op": "matvec", "format": "q8_0", "precision": "auto", "target": target.name, "m": 1,
-        "n": 64, "k": 256, "device": of(target, runtime),
+        "op": "matvec", "format": "q8_0", "precision": "auto", "target": target.name,
+        "device": of(target, runtime),
         "hash": space.walk_hash(one, Q8, target),
     }  # fmt: skip
+    sizes = {name.upper(): changed.pop(name, size) for name, size in sizes.items()}
+    key["sizes"] = tuple(sizes.items())
     key |= {name: value for name, value in changed.items() if name not in names}
     values = {name: value for name, value in changed.items() if name in names}
     given: dict[str, Any] = {
@@ -147,7 +150,7 @@ def test_matmul_computes_with_what_the_cache_says(monkeypatch: pytest.MonkeyPatc
     runtime = target.runtime()
     walk = space.walks(target, SMALL)[0]
     config = RowTileConfig(columns=3, layout="native")
-    key = Key("matvec", "q8_0", "auto", "c", 1, 64, 256, of(target, runtime),
+    key = Key("matvec", "q8_0", "auto", "c", tuple(SMALL.sizes.items()), of(target, runtime),
               space.walk_hash(walk, Q8, target))  # fmt: skip
     cache.append(Entry(key, walk.name, walk.precision, config.as_dict(), 1e-3))
     api._matmul_runner.cache_clear()
@@ -191,9 +194,10 @@ def test_where_nobody_measured_a_bound_float32_serves(made_up: tuple[Target, Run
 
 def test_an_entry_of_version_2_was_left_to_the_precision() -> None:
     data = json.loads(cache.dumps(entry(made_up_target.factory())))
-    assert data["v"] == 3 and data["key"]["max_error"] is None
+    assert data["v"] == cache.VERSION and data["key"]["max_error"] is None
     data["v"] = 2
     del data["key"]["max_error"]
+    data["key"] |= {name.lower(): size for name, size in data["key"].pop("sizes").items()}
     found = cache.parse(json.dumps(data))
     assert isinstance(found, Entry) and found.key.max_error is None
 

@@ -29,9 +29,10 @@ from kernelgen.tuner.measure import (
     WorkerMeasurer,
     request_for,
 )
+from kernelgen.tuner.problems import MatmulProblem, row_bucket
 from kernelgen.tuner.replay import Replay, read
 from kernelgen.tuner.report import Options, Report, Status
-from kernelgen.tuner.space import Candidate, Problem
+from kernelgen.tuner.space import Candidate
 from kernelgen.tuner.study import Study
 from kernelgen.tuner.worker import Worker
 from tests.tuner import made_up_target
@@ -76,11 +77,11 @@ def test_precision_limits_the_walks() -> None:
 
 
 def test_rows_fall_into_buckets() -> None:
-    assert [space.row_bucket(m) for m in (1, 8, 9, 16, 17, 100, 5000, 10**6)] == [
+    assert [row_bucket(m) for m in (1, 8, 9, 16, 17, 100, 5000, 10**6)] == [
         1, 8, 16, 16, 32, 128, 4096, 4096
     ]  # fmt: skip
     with pytest.raises(ShapeError, match="above 0"):
-        Problem(Q8, 0, 1, 256)
+        MatmulProblem(Q8, 0, 1, 256)
 
 
 @pytest.mark.parametrize("name", samplers.NAMES)
@@ -158,7 +159,7 @@ def test_a_budget_is_kept_whatever_candidates_do(made_up: tuple[Target, Runtime]
 def test_a_worker_starts_again_after_it_died(made_up: tuple[Target, Runtime]) -> None:
     child = Child(made_up_target.FACTORY, "made up")
     try:
-        child.tell(request_for(Problem(Q8, 1, 4, 32)))
+        child.tell(request_for(MatmulProblem(Q8, 1, 4, 32)))
         target, _ = made_up
         config = BadConfig("loops")
         bad = Candidate(space.walks(target, SMALL)[0], config).as_dict()
@@ -248,10 +249,10 @@ def test_neighbours_in_the_cache_are_tried_first(made_up: tuple[Target, Runtime]
 
 
 def test_the_roofline_ends_a_study(made_up: tuple[Target, Runtime]) -> None:
-    problem = Problem(Q8, 1, 4096, 1024)
+    problem = MatmulProblem(Q8, 1, 4096, 1024)
     outcomes = recorded(*made_up, problem)
     quickest = min(o.seconds for o in outcomes.values())
-    wide = problem.n * Q8.row_bytes(problem.k) / quickest
+    wide = problem.nbytes / quickest
     options = Options(9, "greedy", storage="", record=False)
     report = Study(*made_up, problem, Replay(outcomes, wide), options).run()
     assert report.stopped == "the roofline is reached" and report.roofline == quickest
@@ -287,7 +288,7 @@ def test_a_format_of_the_user_is_tuned(registered: bool) -> None:
         target = targets.get("c")
         measurer = WorkerMeasurer("c")
         options = Options(60, trials=2, storage="", record=False)
-        problem = Problem(fmt, 1, 40, 96)
+        problem = MatmulProblem(fmt, 1, 40, 96)
         report = Study(target, target.runtime(), problem, measurer, options).run()
         measurer.close()
         assert report.best is not None and not report.failures, report.failures
@@ -300,13 +301,17 @@ def test_a_format_of_the_user_is_tuned(registered: bool) -> None:
 
 def test_auto_opens_precisions_that_err_no_more_than_what_it_stands_for() -> None:
     def of(fmt: str, asked: str = "auto", max_error: float | None = None) -> set[str]:
-        return set(space.precisions(Problem(formats.get(fmt), 1, 8, 256, asked, max_error)))
+        return set(
+            space.precisions(
+                MatmulProblem(formats.get(fmt), 1, 8, 256, precision=asked, max_error=max_error)
+            )
+        )
 
     assert {"int8", "bf16", "fp32"} == of("q4_K")  # fp16 overflows where others do not
     assert {"fp32"} == of("f32") and of("f32", max_error=0.01) == of("q4_K")
     assert "int8" not in of("q4_K", "fp16") and of("q4_K", "fp32") == {"fp32"}
     target = targets.get("opencl")
-    problem = Problem(formats.get("q4_K"), 32, 64, 256)
+    problem = MatmulProblem(formats.get("q4_K"), 32, 64, 256)
     legal = space.explore(target, target.capabilities, problem).legal
     assert {one.precision for one in legal} == {"int8", "fp32"}
 
@@ -318,7 +323,7 @@ def test_the_gate_holds_candidates_to_the_error_that_was_asked_for() -> None:
     measurer = WorkerMeasurer("c")
     found = {}
     for max_error in (None, 1e-4):
-        problem = Problem(Q8, 1, 40, 96, "auto", max_error)
+        problem = MatmulProblem(Q8, 1, 40, 96, max_error=max_error)
         measurer.prepare(problem)
         for walk in space.walks(target, problem):
             one = Candidate(walk, walk.config.default(target.capabilities, 1))
@@ -328,7 +333,7 @@ def test_the_gate_holds_candidates_to_the_error_that_was_asked_for() -> None:
     wrong = found[1e-4, "int8"]
     assert wrong.kind == "wrong" and "the 0.0001 asked for" in (wrong.reason or "")
     with pytest.raises(ConfigError, match="above 0"):
-        Problem(Q8, 1, 40, 96, "auto", 0.0)
+        MatmulProblem(Q8, 1, 40, 96, max_error=0.0)
 
 
 @pytest.mark.parametrize("kind", ["loops", "greedy"])
@@ -369,7 +374,7 @@ def test_the_model_finds_the_best_of_a_smooth_space() -> None:
     """Where near candidates are alike, within 3% of the best after 5% of the space."""
     target = targets.get("opencl")
     runtime: Any = Absent(target)
-    problem = Problem(formats.get("q4_0"), 1, 64, 256)
+    problem = MatmulProblem(formats.get("q4_0"), 1, 64, 256)
     legal = space.explore(target, target.capabilities, problem).legal
     goal = {"walk": "matvec_fp32", "threads": 128, "rows": 2, "columns": 1, "layout": "native"}
     outcomes = {}

@@ -269,7 +269,8 @@ def _environment(
     whole: tuple[int, int, int, int],
     arrays: Mapping[str, Array],
 ) -> dict[str, Array]:
-    """The variables of score and mask over a tile of (batches from the first on, H, queries, keys)."""
+    """The variables of score and mask over a tile of (B, H, queries, keys), of batches from the
+    `first` on."""
     batches, heads, queries, keys = whole
     shift = keys - queries
     values: dict[str, Any] = {
