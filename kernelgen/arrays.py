@@ -22,7 +22,8 @@ Array = npt.NDArray[Any]
 #: floats that kernels take: more than the eight bits of an exponent and a sign numpy has of these
 FLOATS = ("float32", "float16", "bfloat16")
 
-#: DLPack's numbers of memory that the CPU reads: its own, pinned (CUDA's, ROCm's), managed
+#: DLPack's numbers of memory that the CPU reads: its own, pinned for one vendor's devices or
+#: another's, and managed
 HOST_KINDS = (1, 3, 11, 13)
 
 
@@ -101,7 +102,7 @@ def _shared(x: Any) -> Array:
     """numpy's view of an array in the CPU's memory."""
     if isinstance(x, np.ndarray):
         return x
-    if hasattr(x, "numpy"):  # half of what DLPack's exchange costs
+    if hasattr(x, "detach"):  # a tensor, whose own way is half of what DLPack's exchange costs
         shared: Array = x.numpy()
         return shared
     return np.from_dlpack(x)

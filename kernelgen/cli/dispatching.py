@@ -18,12 +18,12 @@ def serves(target: str) -> dict[str, Any]:
     """Whether a target serves numpy arrays on this machine, and why (not), for --json."""
     found = decide()
     if target == found.target:
-        return {"numpy": True, "why": found.why, "fallback": False}
+        return {"default": True, "why": found.why, "fallback": False}
     for one in found.passed:
         if one.target == target:
-            return {"numpy": False, "why": one.reason, "fallback": one.expected}
+            return {"default": False, "why": one.reason, "fallback": one.expected}
     why = f"target {found.target} comes before it, or it serves arrays of its device only"
-    return {"numpy": False, "why": why, "fallback": False}
+    return {"default": False, "why": why, "fallback": False}
 
 
 def lines() -> Iterator[str]:
