@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import functools
-import logging
+import math
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from kernelgen import arrays
 from kernelgen import targets as target_list
 from kernelgen.config import Config
+from kernelgen.dispatch import Fallback, any_array, of_choice, once, report, runtime_of, target_for
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import MATVEC_ROWS
+from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
+from kernelgen.targets.device import DeviceRuntime
 from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
     from kernelgen.gguf_files import Model
-
-log = logging.getLogger("kernelgen")
 
 Array = npt.NDArray[Any]
 
@@ -93,30 +96,28 @@ def source(
     return kernel(op, format, target, config, precision).source
 
 
-@functools.cache
-def runtime_of(target: str) -> Runtime:
-    """The runtime of a target, opened once."""
-    return target_list.get(target).runtime()
+def default_target(on_fallback: str | None = None) -> str:
+    """The target of numpy arrays; what should have served instead is logged with its reason."""
+    return target_for(None, None, on_fallback)
 
 
-@functools.cache
-def default_target() -> str:
-    """The first target that can run here; a skipped one is logged with its reason."""
-    reasons: list[str] = []
-    for name in target_list.PREFERENCE:
-        reason = runtime_of(name).available()
-        if reason is None:
-            for line in reasons:
-                log.warning("%s; falling back to target %s, which is slower", line, name)
-            return name
-        reasons.append(f"target {name} cannot run here: {reason}")
-    raise TargetError("; ".join(reasons))
+@dataclass(frozen=True)
+class Runner:
+    """A compiled kernel, ready to be called, and what it does less well than could be wished."""
+
+    run: Callable[[Array, QuantTensor, Array], None]
+    kernel: Kernel
+    runtime: Runtime
+    fallbacks: tuple[Fallback, ...]
+
+    @functools.cached_property
+    def on_device(self) -> Callable[[Any, QuantTensor, Any], None]:
+        """The same for x and y on the device."""
+        assert isinstance(self.runtime, DeviceRuntime)
+        return resident.matmul(self.runtime, self.kernel)
 
 
-Runner = Callable[[Array, QuantTensor, Array], None]
-
-
-@functools.lru_cache(maxsize=4096)
+@once
 def _matmul_runner(
     target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str, max_error: float | None
 ) -> Runner:
@@ -130,39 +131,89 @@ def _matmul_runner(
         )
     manifest = target_list.get(target)
     choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k), max_error)
-    return runtime.matmul(generate_walk(choice.walk, fmt, manifest, choice.config))
+    made = generate_walk(choice.walk, fmt, manifest, choice.config)
+    found = of_choice(manifest, choice, fmt, precision, max_error)
+    return Runner(runtime.matmul(made), made, runtime, found)
 
 
+def _runner_for(
+    target: str, w: QuantTensor, m: int, precision: str, max_error: float | None, on_fallback: Any
+) -> Runner:
+    n, k = w.shape
+    # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
+    bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
+    found = _matmul_runner(target, w.format, bucket, n, k, precision, max_error)
+    if found.fallbacks:
+        report(found.fallbacks, on_fallback)
+    return found
+
+
+def _matmul_on_device(
+    x: Any,
+    w: QuantTensor,
+    *,
+    target: str,
+    precision: str = "auto",
+    max_error: float | None = None,
+    out: Any = None,
+    on_fallback: str | None = None,
+) -> Any:
+    """`matmul` of an array that lies where the target's kernels work: the result is there, too,
+    and nothing waits for it."""
+    shape = tuple(x.shape)
+    n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
+    if not shape or shape[-1] != k:
+        _wrong_columns(shape, w)
+    rows = arrays.as_float32(x).reshape(math.prod(shape[:-1]), k)
+    y = arrays.empty_like(x, (rows.shape[0], n))
+    if rows.shape[0]:
+        found = _runner_for(target, w, rows.shape[0], precision, max_error, on_fallback)
+        found.on_device(rows, w, y)
+    result = arrays.as_type_of(y.reshape(*shape[:-1], n), x)
+    if out is None:
+        return result
+    if tuple(out.shape) != tuple(result.shape) or out.dtype != x.dtype:
+        raise ShapeError(
+            f"out must be a {x.dtype} array of shape {tuple(result.shape)}, not {out.dtype}"
+            f" {tuple(out.shape)}"
+        )
+    out[...] = result
+    return out
+
+
+@any_array(_matmul_on_device)
 def matmul(
-    x: Array,
+    x: Any,
     w: QuantTensor,
     *,
     target: str | None = None,
     precision: str = "auto",
     max_error: float | None = None,
-    out: Array | None = None,
-) -> Array:
+    out: Any = None,
+    on_fallback: str | None = None,
+) -> Any:
     """y = x @ w.T with the weights decoded inside the kernel.
 
-    x          (..., K) float32 or float16
+    x          (..., K) float32, float16 or bfloat16: a numpy array, or one of torch, cupy or any
+               library that speaks DLPack
     w          (N, K) in any format
-    target     default: the first of the machine's targets that can run
+    target     default: what serves the place where x lies; for numpy arrays the best device here
     precision  "fp32": activations stay float; "int8": they are quantized to 8 bits by block, and
                products are summed in integers; "auto": int8 where the format's own error is as
                large (see kernelgen.problem.choose_precision)
     max_error  takes what `kernelgen tune --max-error` found under the same bound; where nothing was
                tuned under it, "auto" stands for float32
     out        (..., N) of x's dtype, C-contiguous, to write into
+    on_fallback  "log": what serves less well than something that should be there is logged once;
+               "error": it is an error; default: what KERNELGEN_ON_FALLBACK says, or "log"
 
-    Returns (..., N) of x's dtype.  The first call for a format compiles, and repacks w once.
-    Raises ShapeError, TargetError, CompileError.
+    Returns (..., N) of x's dtype, library and device.  The first call for a format compiles, and
+    repacks w once.  Raises ShapeError, TargetError (FallbackError is one), CompileError.
     """
     shape = x.shape
     n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
     if not shape or shape[-1] != k:
-        raise ShapeError(
-            f"x of shape {shape} was given for weights of shape {w.shape}: x needs {k} columns"
-        )
+        _wrong_columns(shape, w)
     m = x.size // k
     rows = x if x.dtype == np.float32 else _as_float32(x)
     if len(shape) != 2:
@@ -172,18 +223,21 @@ def matmul(
     direct = out is None or out.dtype == np.float32
     y = np.empty((m, n), np.float32) if out is None or not direct else _writable(out, shape, n, x)
     if m:
-        # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
-        bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
-        run = _matmul_runner(
-            target or default_target(), w.format, bucket, n, k, precision, max_error
-        )
-        run(rows, w, y.reshape(m, n))
+        name = target or default_target(on_fallback)
+        found = _runner_for(name, w, m, precision, max_error, on_fallback)
+        found.run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
             _writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
         return out
     result = y if len(shape) == 2 else y.reshape(*shape[:-1], n)
     return result if x.dtype == np.float32 else result.astype(x.dtype)
+
+
+def _wrong_columns(shape: tuple[int, ...], w: QuantTensor) -> NoReturn:
+    raise ShapeError(
+        f"x of shape {shape} was given for weights of shape {w.shape}: x needs {w.shape[1]} columns"
+    )
 
 
 def _not_a_matrix(w: QuantTensor) -> tuple[int, int]:
@@ -210,8 +264,10 @@ def _writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     return out
 
 
-def get_rows(w: QuantTensor, ids: Array, *, target: str | None = None) -> Array:
-    """Rows of w that `ids`, integers of any shape, names: float32 (*ids.shape, K).
+@any_array()
+def get_rows(w: QuantTensor, ids: Any, *, target: str | None = None) -> Any:
+    """Rows of w that `ids`, integers of any shape, names: float32 (*ids.shape, K), of the library
+    and on the device of `ids`.
 
     What an embedding does.  Raises ShapeError for a row that w does not have.
     """
@@ -243,5 +299,5 @@ def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:
 
 __all__ = [
     "default_target", "dequantize", "formats", "get_rows", "kernel", "matmul", "open", "prepare",
-    "quantize", "register_format", "save", "source", "unregister_format",
+    "quantize", "register_format", "runtime_of", "save", "source", "unregister_format",
 ]  # fmt: skip

@@ -6,19 +6,26 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kernelgen import api
+from kernelgen import arrays as arrays_of
 from kernelgen import targets as target_list
+from kernelgen.dispatch import any_array, once, runtime_of
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate_walk
+from kernelgen.ir import formats as format_list
+from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, call, cast, const
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
-from kernelgen.targets.base import Runtime
+from kernelgen.targets import resident
+from kernelgen.targets.base import Kernel
+from kernelgen.targets.device import DeviceRuntime
 from kernelgen.tensor import QuantTensor
 from kernelgen.tuner import lookup
 from kernelgen.tuner.problems import AttentionProblem, row_bucket
@@ -112,63 +119,128 @@ def _of_array(
     return None, lambda b, h, q, k: const(0, I32) < at(b, h, q, k)
 
 
-def _as_tensor(x: Array | QuantTensor, what: str) -> QuantTensor:
+@dataclass(frozen=True)
+class _Lying:
+    """K or V that lies on the target's device: an array of another library."""
+
+    array: Any
+    format: BlockFormat
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+
+def _as_tensor(x: Any, what: str) -> Any:
     if isinstance(x, QuantTensor):
         return x
-    names = {"float32": "f32", "float16": "f16"}
-    if x.dtype.name not in names:
+    names = dict(zip(arrays_of.FLOATS, ("f32", "f16", "bf16"), strict=True))
+    name = arrays_of.dtype_name(x)
+    if name not in names:
         raise ShapeError(
-            f"{what} is an array of {x.dtype}; float32, float16 and quantized tensors are allowed"
+            f"{what} is an array of {name}; {', '.join(names)} and quantized tensors are allowed"
         )
+    if arrays_of.is_foreign(x):
+        return _Lying(arrays_of.contiguous(x), format_list.get(names[name]))
     data = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    return QuantTensor(names[x.dtype.name], x.shape, data)
+    return QuantTensor(names[name], x.shape, data)
 
 
-@functools.lru_cache(maxsize=1024)
-def _runner(
-    target: str, kind: Attention, shape: tuple[int, int, int, int, int]
-) -> Callable[[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array], None]:
-    """The compiled kernel of a kind for a shape (B, H, HK, T, S), ready to be called."""
-    runtime: Runtime = api.runtime_of(target)
-    manifest = target_list.get(target)
+def _on_host(x: Any) -> Any:
+    """An array of another library for what follows: bfloat16, which numpy does not know, as a
+    tensor of that format, on the same memory."""
+    if arrays_of.dtype_name(x) != "bfloat16":
+        return arrays_of.host(x)
+    bits = np.ascontiguousarray(arrays_of.bits_of(x))
+    return QuantTensor("bf16", bits.shape, bits.reshape(-1).view(np.uint8))
+
+
+def _plain(x: Any) -> Any:
+    """numpy's array of what is read on the host, wherever it lies: a mask, slopes, sinks."""
+    x = _on_host(x) if arrays_of.is_foreign(x) else x
+    return x.dequantize() if isinstance(x, QuantTensor) else x
+
+
+#: a kind of attention, and a shape (B, H, HK, T, S) of a bucket
+Shape = tuple[int, int, int, int, int]
+
+
+@once
+def _kernel(target: str, kind: Attention, shape: Shape) -> Kernel:
+    """The kernel of a kind, in the configuration that the tuner's cache has for the shape."""
+    runtime = runtime_of(target)
+    reason = runtime.available()
+    if reason is not None:
+        raise TargetError(
+            f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
+        )
+    manifest, caps = target_list.get(target), runtime.capabilities()
     plain = Attention(kind.head_dim, kind.k, kind.v, kind.value_dim)
     problem = AttentionProblem(plain, *shape, precision="fp32")
     choice = lookup.choose_for(manifest, runtime, problem)
     walk, config = choice.walk, choice.config
-    if walk.accepts(kind) or walk.refuses(config, kind, runtime.capabilities()):
+    if walk.accepts(kind) or walk.refuses(config, kind, caps):
         # what serves the plain kind does not fit this one
-        walk = manifest.serve("attention", kind, "fp32", runtime.capabilities())
-        config = walk.default(kind, runtime.capabilities(), problem.rows)
-    return runtime.attention(generate_walk(walk, kind, manifest, config))
+        walk = manifest.serve("attention", kind, "fp32", caps)
+        config = walk.default(kind, caps, problem.rows)
+    return generate_walk(walk, kind, manifest, config)
 
 
-def _bucket(count: int) -> int:
-    """A number of keys as kernels are told apart by it: a cache that grows has the same kernel for
+@once
+def _runner(
+    target: str, kind: Attention, shape: Shape
+) -> Callable[[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array], None]:
+    """The compiled kernel of a kind, ready to be called."""
+    return runtime_of(target).attention(_kernel(target, kind, shape))
+
+
+@once
+def _runner_on_device(
+    target: str, kind: Attention, shape: Shape
+) -> Callable[[Any, Any, Any, Mapping[str, Array], Any], None]:
+    """The same for q, y, and K and V where these are arrays, on the device."""
+    runtime = runtime_of(target)
+    assert isinstance(runtime, DeviceRuntime)
+    return resident.attention(runtime, _kernel(target, kind, shape))
+
+
+def _bucket(shape: tuple[int, ...], kv_heads: int) -> Shape:
+    """(B, H, T, S) as kernels are told apart by it: a cache that grows has the same one for
     long."""
-    return max(64, 1 << (count - 1).bit_length())
+    b, h, t, s = shape
+    return b, h, kv_heads, row_bucket(t), max(64, 1 << (max(1, s) - 1).bit_length())
 
 
+def _there(*args: Any, **options: Any) -> Any:
+    """`attention` of arrays that lie where the target's kernels work."""
+    return attention.__wrapped__(*args, **options)  # type: ignore[attr-defined]
+
+
+@any_array(_there, _on_host)
 def attention(
-    q: Array,
-    k: Array | QuantTensor,
-    v: Array | QuantTensor,
+    q: Any,
+    k: Any,
+    v: Any,
     *,
     causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    alibi: Array | None = None,
-    mask: Mask | Array | None = None,
+    alibi: Any = None,
+    mask: Mask | Any = None,
     score: Score | None = None,
-    sinks: Array | None = None,
-    lengths: Array | None = None,
-    pages: Array | None = None,
+    sinks: Any = None,
+    lengths: Any = None,
+    pages: Any = None,
     target: str | None = None,
     precision: str = "auto",
-) -> Array:
+    on_fallback: str | None = None,
+) -> Any:
     """softmax(scale * q @ k.T) @ v for each batch and head, without the matrix of scores.
 
-    q        float32 or float16 (B, H, T, D)
+    q        float32, float16 or bfloat16 (B, H, T, D): a numpy array, or one of torch, cupy or any
+             library that speaks DLPack; so with all arrays, and the result is of q's library, on
+             q's device.  Masks, slopes and sinks are read on the host
     k, v     (B, HK, S, D) and (B, HK, S, DV): arrays like q, or quantized tensors; H is a multiple
              of HK, whose heads are shared
     causal   a query sees keys up to its own position; query t stands at t + S - T
@@ -185,21 +257,25 @@ def attention(
              positions, is then this number
     pages    integers (B, P), with `lengths`: k and v are pools of pages, (pages, HK, page, D), and
              key s of batch b is in page pages[b, s // page]
-    target   default: the first of the machine's targets that can run
+    target   default: what serves the place where q lies; for numpy arrays the best device here
     precision   "fp32" or "auto"
+    on_fallback   as in `kernelgen.matmul`
 
     Functions are written with Python's operators and `kernelgen.ir` (where, equal, exp...), and
     may index arrays that `kernelgen.captured` wraps.  Returns (B, H, T, DV) of q's dtype; a query
     that sees no key gives zeros.  Raises ShapeError, TargetError, CompileError.
     """
+    q = q.dequantize() if isinstance(q, QuantTensor) else q
+    mask, alibi, sinks = _plain(mask), _plain(alibi), _plain(sinks)
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
     keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
-    held = _held(q.shape, keys.shape, values.shape, lengths, pages)
-    page = keys.shape[2] if pages is not None else 0
+    held = _held(tuple(q.shape), keys.shape, values.shape, _plain(lengths), _plain(pages))
+    page = keys.shape[2] if held and pages is not None else 0
     if precision not in ("auto", "fp32"):
         raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")
     shape = (*q.shape[:3], page * held["pages"].shape[1] if page else keys.shape[2])
+    where = target or api.default_target(on_fallback)
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
     scores: list[Score] = []
@@ -227,12 +303,12 @@ def attention(
         arrays["sinks"] = np.ascontiguousarray(sinks, np.float32)
         if arrays["sinks"].shape != (q.shape[1],):
             raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
+    sizes = _bucket(shape, keys.shape[1])
+    if arrays_of.is_foreign(q):
+        return _run_there(where, kind, sizes, q, keys, values, arrays)
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
-        b, h, t, s = shape
-        # a batch without any key has none to choose by
-        sizes = (b, h, keys.shape[1], row_bucket(t), _bucket(max(1, s)))
-        run = _runner(target or api.default_target(), kind, sizes)
+        run = _runner(where, kind, sizes)
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 
@@ -285,6 +361,22 @@ def _integers(array: Array, what: str, shape: tuple[int, int] | tuple[int]) -> A
             f"{what} of {found.dtype} {found.shape} were given; they are integers ({wanted})"
         )
     return np.ascontiguousarray(found, np.int32)
+
+
+def _run_there(
+    target: str,
+    kind: Attention,
+    shape: Shape,
+    q: Any,
+    k: Any,
+    v: Any,
+    operands: Mapping[str, Array],
+) -> Any:
+    """The result beside q, on the device; nothing waits for it."""
+    y = arrays_of.empty_like(q, (*q.shape[:3], kind.value_dim))
+    k, v = (one.array if isinstance(one, _Lying) else one for one in (k, v))
+    _runner_on_device(target, kind, shape)(arrays_of.as_float32(q), k, v, operands, y)
+    return arrays_of.as_type_of(y, q)
 
 
 def _chain(scores: list[Score]) -> Score | None:

@@ -31,6 +31,10 @@ class TargetError(KernelgenError):
     """A target is unknown, not available on this machine, or cannot do what was asked."""
 
 
+class FallbackError(TargetError):
+    """Something else than what was wanted would serve, and on_fallback="error" forbids that."""
+
+
 class CompileError(TargetError):
     """A compiler or driver rejected generated source."""
 

@@ -23,7 +23,7 @@ class KVCache:
     heads         of keys and values
     head_dim      elements of a key, `value_dim` of a value (by default as many)
     capacity      tokens that a sequence may have
-    format        of keys, `value_format` of values (by default the same): f16, q8_0, q4_0...
+    format        of keys, `value_format` of values (by default the same)
     page          tokens of a page.  With pages, sequences take them from a pool as they grow
                   (Kwon et al., 2023), and memory is `pool` pages in all, by default enough for
                   all sequences at full length; without, each has room for `capacity` tokens
@@ -179,6 +179,7 @@ class KVCache:
     def attention(self, q: Array, **options: Any) -> Array:
         """`kernelgen.attention` of q (batches, H, T, head_dim) over all that is kept: the last of
         the T queries stands at the last token."""
-        return attention(
+        found: Array = attention(
             q, self.keys, self.values, lengths=self.lengths, pages=self.pages, **options
         )
+        return found

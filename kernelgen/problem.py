@@ -44,13 +44,15 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
 
 
 def acceptable(asked: str, fmt: Any) -> tuple[str, ...]:
-    """Precisions that may serve what is asked for, the best guess first.
+    """Precisions that may serve what is asked for, the best guess first, for a format or another
+    subject, of which "auto" stands for float32.
 
     float32 is never less accurate than any other, so it stands in where a target has no walk of
     that precision; only int8 that was asked for by name is not replaced, as it is exact in its
     own way.
     """
-    chosen = choose_precision(asked, fmt) if isinstance(fmt, BlockFormat) else asked
+    floats = "fp32" if asked == "auto" else asked
+    chosen = choose_precision(asked, fmt) if isinstance(fmt, BlockFormat) else floats
     return (chosen,) if asked == "int8" else tuple(dict.fromkeys((chosen, "fp32")))
 
 

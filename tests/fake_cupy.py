@@ -10,7 +10,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,8 +25,61 @@ class CUDARuntimeError(RuntimeError):
     """What the driver rejects."""
 
 
+class DeviceArray:
+    """An array on the device, which the host reads only by `get`; `memory` is where it lies."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+        self.device = Device()
+
+    shape = property(lambda self: self.memory.shape)
+    ndim = property(lambda self: self.memory.ndim)
+    dtype = property(lambda self: self.memory.dtype)
+
+    def __array_namespace__(self) -> Any:
+        return sys.modules["cupy"]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("implicit conversion to a host array is not allowed, as cupy says")
+
+    def __getitem__(self, key: Any) -> DeviceArray:
+        return DeviceArray(self.memory[key])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        source = value.memory if isinstance(value, DeviceArray) else value
+        view = self.memory[key]
+        _submit(lambda: np.copyto(view, source))
+
+    def reshape(self, *shape: Any) -> DeviceArray:
+        """A view, of which a kernel that runs later is seen."""
+        made = self.memory.reshape(*shape)
+        assert np.shares_memory(made, self.memory) or not made.size
+        return DeviceArray(made)
+
+    def view(self, dtype: Any) -> DeviceArray:
+        """The same bytes as another type."""
+        return DeviceArray(self.memory.view(dtype))
+
+    def astype(self, dtype: Any) -> DeviceArray:
+        """A copy, made in the stream's order."""
+        made = np.empty(self.shape, dtype)
+        _submit(lambda: np.copyto(made, self.memory, casting="unsafe"))
+        return DeviceArray(made)
+
+    def get(self) -> np.ndarray:
+        """A copy on the host, which waits for the device."""
+        _waits()
+        return self.memory.copy()
+
+
 class Function:
     """A kernel of a module."""
+
+    #: the stream of each launch, and its arguments
+    launched: ClassVar[list[tuple[Any, list[Any]]]] = []
 
     def __init__(self, emulator: Emulator, entry: str) -> None:
         self._emulator, self._entry = emulator, entry
@@ -39,7 +92,9 @@ class Function:
         """Launch, or have the graph that is being captured remember it."""
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise CUDARuntimeError(f"{shared_mem} bytes of shared memory were not asked for")
-        kept = [a if isinstance(a, np.ndarray) else int(a) for a in args]
+        given = [a.memory if isinstance(a, DeviceArray) else a for a in args]
+        kept = [a if isinstance(a, np.ndarray) else int(a) for a in given]
+        Function.launched.append((Stream.current, kept))
 
         def run() -> None:
             report = self._emulator.run(
@@ -90,15 +145,17 @@ class Stream:
     """A queue, which is never longer than one: work is done at once, or recorded."""
 
     recording: list[Callable[[], None]] | None = None
+    current: Any = None
 
     def __init__(self, non_blocking: bool = False) -> None:
-        pass
+        self.before: Any = None
 
     def __enter__(self) -> Stream:
+        self.before, Stream.current = Stream.current, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        Stream.current = self.before
 
     def begin_capture(self) -> None:
         """Record from now on."""
@@ -111,7 +168,26 @@ class Stream:
         return Graph(work)
 
     def synchronize(self) -> None:
-        """All is done already."""
+        """All is done already, unless it is recorded, when nobody may wait."""
+        _waits()
+
+
+class ExternalStream(Stream):
+    """Another library's stream, by its address."""
+
+    def __init__(self, ptr: int) -> None:
+        super().__init__()
+        self.ptr = ptr
+
+
+def _waits() -> None:
+    if Stream.recording is not None:
+        raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: the host waits in a capture")
+
+
+def _to_host(array: Any) -> np.ndarray:
+    _waits()
+    return np.array(array.memory if isinstance(array, DeviceArray) else array)
 
 
 def _submit(work: Callable[[], None]) -> None:
@@ -144,6 +220,15 @@ class Device:
         "MaxSharedMemoryPerBlock": 49152, "MaxSharedMemoryPerBlockOptin": 232448,
         "L2CacheSize": 2**16,
     }  # fmt: skip
+
+    def __init__(self, number: int = 0) -> None:
+        pass
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def synchronize(self) -> None:
         """Nothing is under way."""
@@ -195,13 +280,26 @@ def _matmul(a: Any, b: Any, out: Any = None) -> Any:
     return out
 
 
+def _empty(shape: Any, dtype: Any) -> Any:
+    """Poisoned memory; what is handed out as a result is an array that the host cannot read."""
+    made = np.full(shape, -1 if dtype != np.uint8 else 255, dtype)
+    return DeviceArray(made) if dtype == np.float32 else made
+
+
+def _contiguous(x: DeviceArray, dtype: Any) -> DeviceArray:
+    same = x.memory.flags.c_contiguous and x.dtype == dtype
+    return x if same else x.astype(dtype)
+
+
 def install() -> types.ModuleType:
     """Make `import cupy` find this."""
     cupy: Any = types.ModuleType("cupy")
     cupy.__version__ = "0.fake"
     cupy.uint8, cupy.float16, cupy.float32 = np.uint8, np.float16, np.float32
-    cupy.asarray, cupy.asnumpy, cupy.copyto = np.array, np.array, _copy
-    cupy.empty = lambda shape, dtype: np.full(shape, -1 if dtype != np.uint8 else 255, dtype)
+    cupy.asarray, cupy.asnumpy, cupy.copyto = np.array, _to_host, _copy
+    cupy.ndarray, cupy.from_dlpack = DeviceArray, lambda x: DeviceArray(x.memory)
+    cupy.ascontiguousarray = lambda x, dtype=None: _contiguous(x, dtype or x.dtype)
+    cupy.empty = _empty
     cupy.zeros, cupy.ones, cupy.matmul = np.zeros, np.ones, _matmul
     cupy.RawModule = RawModule
     cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_all_blocks=lambda: None)
@@ -212,7 +310,8 @@ def install() -> types.ModuleType:
         driverGetVersion=lambda: 13000,
     )  # fmt: skip
     cupy.cuda = types.SimpleNamespace(
-        Device=Device, Stream=Stream, Event=Event, runtime=runtime,
+        Device=Device, Stream=Stream, Event=Event, runtime=runtime, ExternalStream=ExternalStream,
+        get_current_stream=lambda: Stream.current or Stream(),
         compiler=types.SimpleNamespace(CompileException=CompileException),
         get_elapsed_time=lambda a, b: 1e3 * max(b.at - a.at, 1e-9),
     )  # fmt: skip

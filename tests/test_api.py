@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 import numpy as np
 import pytest
 
 import kernelgen
-from kernelgen import api
 from kernelgen.errors import ConfigError, FormatError, ShapeError, TargetError
 
 RNG = np.random.default_rng(5)
@@ -151,26 +149,6 @@ def test_many_threads_at_once(w: kernelgen.QuantTensor) -> None:
         one.join()
     for i, y in enumerate(results):
         assert y is not None and error(y, product(x[i], fresh)) < 0.02
-
-
-def test_fallback_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Missing:
-        def available(self) -> str:
-            return "its driver is missing"
-
-    first, *others = api.target_list.PREFERENCE
-    assert others, "nothing to fall back to"
-    runtime = api.runtime_of
-    monkeypatch.setattr(api, "runtime_of", lambda n: Missing() if n == first else runtime(n))
-    api.default_target.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "kernelgen"):
-            assert api.default_target() == others[0]
-    finally:
-        api.default_target.cache_clear()
-    assert "its driver is missing" in caplog.text and "slower" in caplog.text
 
 
 def test_names() -> None:

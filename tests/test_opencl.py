@@ -230,7 +230,7 @@ def quantized(self, kernel, buffers, sizes):
 
 # What one kernel wrote, Oclgrind sometimes calls uninitialized when the next one reads it, though
 # it had nothing to say when it was written: so here the integers come from the host.
-original, DeviceRuntime._made = DeviceRuntime._made, quantized
+original, DeviceRuntime.made = DeviceRuntime.made, quantized
 
 target = targets.get("opencl")
 runtime = target.runtime()

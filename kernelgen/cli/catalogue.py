@@ -12,7 +12,7 @@ from rich.syntax import Syntax
 
 from kernelgen import api
 from kernelgen import targets as target_list
-from kernelgen.cli import stages
+from kernelgen.cli import dispatching, stages
 from kernelgen.cli.terminal import (
     AsJson,
     FormatNames,
@@ -131,6 +131,7 @@ def devices(as_json: AsJson = False) -> None:
                 "how": "none" if reason else runtime.how(),
                 "available": reason is None,
                 "reason": reason,
+                "serves": dispatching.serves(target.name),
                 "variants": {name: target.runtime(name).available() for name in target.variants},
                 "devices": runtime.describe() if reason is None else [],
             }
@@ -138,6 +139,8 @@ def devices(as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
         return
+    for line in dispatching.lines():
+        print(line)
     for one in found:
         print(f"{one['target']}: {one['how']}, {one['description']}")
         if one["reason"]:

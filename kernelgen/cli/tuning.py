@@ -16,7 +16,7 @@ from rich.text import Text
 from kernelgen import api
 from kernelgen import targets as target_list
 from kernelgen.bench import busy
-from kernelgen.cli import caching
+from kernelgen.cli import caching, dispatching
 from kernelgen.cli.terminal import (
     AsJson,
     FormatNames,
@@ -29,6 +29,7 @@ from kernelgen.cli.terminal import (
     split_names,
     table,
 )
+from kernelgen.dispatch import decide, of_choice
 from kernelgen.errors import ShapeError, TargetError, TuningError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
@@ -402,12 +403,15 @@ def explain(
         if choice.entry is None or found.entry is not choice.entry
     ]  # fmt: skip
     entry = choice.entry
+    fallbacks = of_choice(manifest, choice, problem.subject, problem.precision, problem.max_error)
     if as_json:
         print_json(
             {
                 "problem": str(problem), "target": manifest.name,
                 "device": vars(device_of(manifest, runtime)), "rule": choice.rule,
                 "why": choice.why, "choice": choice.candidate.as_dict(),
+                "dispatch": None if target else dispatching.as_dict(),
+                "fallbacks": list(map(str, fallbacks)),
                 "expected_seconds": entry.seconds if entry else None,
                 "entry": entry.as_dict() if entry else None,
                 "others": [
@@ -420,6 +424,12 @@ def explain(
     print(f"{problem} on {manifest.name}: {choice.candidate}")
     print(f"  device    {device_of(manifest, runtime)}")
     print(f"  rule      {choice.rule}: {choice.why}")
+    if not target:
+        print(f"  target    {decide().target}: {decide().why}")
+        for line in dispatching.passed(decide()):
+            print(f"          {line}")
+    for one in fallbacks:
+        print(f"  fallback  {one}")
     if entry is not None:
         for name, said in caching.facts(entry):
             print(f"  {name:9} {said}")

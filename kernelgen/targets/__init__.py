@@ -6,14 +6,30 @@ import importlib
 import sys
 from types import ModuleType
 
+from kernelgen.arrays import HOST_KINDS
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Target
 
 #: every target, the reference first
 NAMES = ("numpy", "c", "opencl", "wgsl", "cuda", "metal", "triton")
 
-#: which to run on where the user does not say: the first that can
+#: which to run on where the data is the CPU's: the first that can
 PREFERENCE = ("c", "numpy")
+
+#: the same by the kind of device on which the data lies, as DLPack numbers these: 2 CUDA, 8 Metal,
+#: 10 ROCm.  None is data that nobody chose a device for, such as a numpy array.
+SERVING: dict[int | None, tuple[str, ...]] = {
+    None: ("cuda", "metal", "opencl", "wgsl", *PREFERENCE),
+    2: ("cuda", "triton"),
+    8: ("metal",),
+    10: ("triton",),
+}
+
+
+def serving(kind: int | None) -> tuple[str, ...]:
+    """Targets that may work on data where it lies, the best first; of a kind of device that no
+    target reaches none, of the CPU's own memory those of the CPU."""
+    return PREFERENCE if kind in HOST_KINDS else SERVING.get(kind, ())
 
 
 def get(name: str) -> Target:

@@ -272,6 +272,15 @@ class Runtime(Protocol):
         """Why kernels cannot run here, or None."""
         ...
 
+    def expected(self) -> str | None:
+        """What on this machine speaks for the device, found without loading a driver; None where
+        nothing does.  A device that is expected and cannot be used is worth a warning."""
+        ...
+
+    def on_cpu(self) -> bool:
+        """Whether the device is the CPU, by whatever way; called where `available` gives None."""
+        ...
+
     def how(self) -> str:
         """What results here are worth: "run" on what the kernels are for, or "emulated"."""
         ...

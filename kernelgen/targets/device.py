@@ -5,9 +5,12 @@ A target brings a `Driver`: buffers, programs, launches.  What an op needs of th
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import math
+import platform
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,6 +76,46 @@ class Timed(Protocol):
         ...
 
 
+@runtime_checkable
+class Resident(Protocol):
+    """What a driver has besides, whose kernels work on arrays that another library has put on the
+    device, in that library's order of things: on its current stream."""
+
+    def takes(self, array: Any) -> bool:
+        """Whether an array of any library lies where the kernels can work on it."""
+        ...
+
+    def at(self, array: Any) -> contextlib.AbstractContextManager[None]:
+        """Launches inside go to the array's device, and to the stream on which the caller's
+        library works there."""
+        ...
+
+    def borrow(self, array: Any) -> Buffer:
+        """The memory of a C-contiguous array as a buffer; nothing is copied."""
+        ...
+
+    def zeros(self, nbytes: int) -> Buffer:
+        """A buffer of zeros; nobody waits for it."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for what was uploaded, so that any stream may read it."""
+        ...
+
+
+#: what Linux shows where there is a GPU of any kind
+GPU_FILES = ("/dev/dri/renderD*", "/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+
+
+def visible(*patterns: str) -> str | None:
+    """What says that a device may be here: a file that the system has for it.  Where systems have
+    no such files, that nobody tells; None where there would be one, and is not."""
+    if platform.system() != "Linux":
+        return f"{platform.system()} may have one"
+    found = next((path for one in patterns for path in sorted(glob.glob(one))), None)
+    return None if found is None else f"{found} is there"
+
+
 @dataclass(frozen=True)
 class Piece:
     """Rows start..stop of a matrix in a buffer of their own: as many as one binding may hold."""
@@ -117,6 +160,7 @@ class Launcher:
         launch = kernel.walk.launch(kernel.config, kernel.subject)
         assert launch is not None
         self._driver = driver
+        self._zeros = driver.zeros if isinstance(driver, Resident) else self._upload_zeros
         self._program = driver.program(kernel)
         self._threads = launch.threads
         # expressions of our own manifest, evaluated at every launch
@@ -155,8 +199,11 @@ class Launcher:
         if one.role == "scratch":
             return self._driver.empty(self._nbytes(one, sizes))
         if one.role == "zero":
-            return self._driver.upload(np.zeros(self._nbytes(one, sizes), np.uint8))
+            return self._zeros(self._nbytes(one, sizes))
         raise KeyError(one.name)
+
+    def _upload_zeros(self, nbytes: int) -> Buffer:
+        return self._driver.upload(np.zeros(nbytes, np.uint8))
 
     def _nbytes(self, one: Argument, sizes: Mapping[str, int]) -> int:
         known = {**self._known, **sizes}
@@ -164,13 +211,17 @@ class Launcher:
         return int(math.prod(counts)) * _ITEM_BYTES[one.dtype]
 
     def results(
-        self, sizes: Mapping[str, int], roles: tuple[str, ...] = ("out",)
+        self,
+        sizes: Mapping[str, int],
+        roles: tuple[str, ...] = ("out",),
+        given: Collection[str] = (),
     ) -> dict[str, Buffer]:
-        """Buffers for all that the kernel gives back; with "scratch", for what it leaves there."""
+        """Buffers for all that the kernel gives back, but for those that are `given`; with
+        "scratch", for what it leaves there."""
         return {
             one.name: self._driver.empty(self._nbytes(one, sizes))
             for one in self._buffers
-            if one.role in roles
+            if one.role in roles and one.name not in given
         }
 
 
@@ -189,6 +240,14 @@ class DeviceRuntime:
     def how(self) -> str:
         """What results here are worth."""
         return "run"
+
+    def expected(self) -> str | None:
+        """What speaks for the device here, or None."""
+        return visible(*GPU_FILES)
+
+    def on_cpu(self) -> bool:
+        """Whether the device is the CPU."""
+        return False
 
     def driver(self) -> Driver:
         """The device; opened on first use."""
@@ -231,13 +290,15 @@ class DeviceRuntime:
         row_bytes = w.format.row_bytes(k)
         rows = w.data.reshape(-1, row_bytes)
         pieces = []
-        for start, stop in self._windows(len(rows), row_bytes):
+        for start, stop in self.windows(len(rows), row_bytes):
             part = rows[start:stop]
             packed = part if layout.name == "native" else layout.pack(part, w.format, k)
             pieces.append(Piece(start, stop, driver.upload(packed)))
+        if isinstance(driver, Resident):
+            driver.wait()
         return pieces
 
-    def _windows(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    def windows(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         """Ranges of rows of which each fits a buffer."""
         largest = self.driver().largest
         step = largest // row_bytes
@@ -256,7 +317,7 @@ class DeviceRuntime:
         flat = y.reshape(-1, k)
         for piece in self.prepare(kernel, w):
             n = piece.stop - piece.start
-            for start, stop in self._windows(n, 4 * k):
+            for start, stop in self.windows(n, 4 * k):
                 part = flat[piece.start + start : piece.start + stop]
                 out = driver.empty(part.nbytes)
                 sizes = {"START": start, "ROWS": stop - start, "N": n, "K": k}
@@ -271,7 +332,7 @@ class DeviceRuntime:
         y = np.empty((len(ids), k), np.float32)
         for piece in self.prepare(kernel, w):
             here = np.flatnonzero((piece.start <= ids) & (ids < piece.stop))
-            for start, stop in self._windows(len(here), 4 * k):
+            for start, stop in self.windows(len(here), 4 * k):
                 y[here[start:stop]] = self._rows(kernel, piece, ids[here[start:stop]], k)
         return y
 
@@ -296,30 +357,34 @@ class DeviceRuntime:
         q = np.empty((m, k), np.int8)
         scale = np.empty((m, k // fmt.block), np.float32)
         sums = np.empty((m, k // fmt.group), np.float32)
-        for start, stop in self._windows(m, 4 * k):
-            buffers = self._made(
+        for start, stop in self.windows(m, 4 * k):
+            buffers = self.made(
                 kernel, {"x": driver.upload(x[start:stop])}, {"M": stop - start, "K": k}
             )
             for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
                 driver.download(buffers[name], array[start:stop])
         return Activations(q, scale, sums)
 
-    def _made(
+    def made(
         self, kernel: Kernel, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]
     ) -> dict[str, Buffer]:
         """Buffers, and what a kernel makes of them."""
         launcher = self.launcher(kernel)
-        found = {**buffers, **launcher.results(sizes)}
+        found = {**launcher.results(sizes, given=buffers), **buffers}
         launcher(found, sizes)
         return found
 
     def inputs(self, kernel: Kernel, x: Array) -> dict[str, Buffer]:
         """Activations x, float32 (M, K), in device memory, as the kernel takes them: after all
         kernels that it needs."""
-        m, k = x.shape
-        buffers: dict[str, Buffer] = {"x": self.driver().upload(x)}
+        return self.after_needed(kernel, {"x": self.driver().upload(x)}, *x.shape)
+
+    def after_needed(
+        self, kernel: Kernel, buffers: dict[str, Buffer], m: int, k: int
+    ) -> dict[str, Buffer]:
+        """The same for activations "x" (M, K) that are in device memory already."""
         for first in kernel.needs.values():
-            buffers = self._made(first, buffers, {"M": m, "K": k})
+            buffers = self.made(first, buffers, {"M": m, "K": k})
         return buffers
 
     def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
@@ -329,14 +394,14 @@ class DeviceRuntime:
 
         def launch(x: Array, piece: Piece, buffers: Mapping[str, Buffer]) -> Buffer:
             sizes = {"M": len(x), "N": piece.stop - piece.start, "K": x.shape[1]}
-            return self._made(kernel, {**buffers, "w": piece.buffer}, sizes)["y"]
+            return self.made(kernel, {**buffers, "w": piece.buffer}, sizes)["y"]
 
         def run(x: Array, w: Weights, y: Array) -> None:
             if y.size == 0:
                 return
             pieces = self.prepare(kernel, w)
             widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
-            for start, stop in self._windows(len(x), 4 * widest):
+            for start, stop in self.windows(len(x), 4 * widest):
                 rows, part = x[start:stop], y[start:stop]
                 buffers = self.inputs(kernel, rows)
                 outs = [launch(rows, piece, buffers) for piece in pieces]
@@ -370,7 +435,7 @@ class DeviceRuntime:
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
-            given, skipped = _given(driver, kind, operands)
+            given, skipped = given_arrays(driver, kind, operands)
             # bytes that belong to one head of K and V
             rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
@@ -383,7 +448,7 @@ class DeviceRuntime:
                 if kind.page:
                     sizes["PAGES"], batches = operands["pages"].shape[1], slice(0, len(k.data))
                 buffers = {**given, "q": driver.upload(q[part]), **launcher.results(sizes)}
-                buffers |= {"k": self._held(k, batches, heads), "v": self._held(v, batches, heads)}
+                buffers |= {"k": self.held(k, batches, heads), "v": self.held(v, batches, heads)}
                 if add_up:
                     buffers |= launcher.results(sizes, ("scratch",))
                 launcher(buffers, sizes)
@@ -422,7 +487,7 @@ class DeviceRuntime:
             for h in range(0, heads, step_h):
                 yield slice(b, min(b + step_b, batches)), slice(h, min(h + step_h, heads))
 
-    def _held(self, w: Weights, batches: slice, heads: slice) -> Buffer:
+    def held(self, w: Weights, batches: slice, heads: slice) -> Buffer:
         """Some heads of K or V in device memory; kept in w.prepared as `Held`."""
         place = (batches.start, batches.stop, heads.start, heads.stop)
         driver = self.driver()
@@ -435,7 +500,7 @@ class DeviceRuntime:
         return found.buffer
 
 
-def _given(
+def given_arrays(
     driver: Driver, kind: Attention, operands: Mapping[str, Array]
 ) -> tuple[dict[str, Buffer], dict[str, int]]:
     """Arrays that score and mask read, in device memory, and how many elements an index skips."""

@@ -99,6 +99,14 @@ class EmulatedRuntime(DeviceRuntime):
         """What results are worth."""
         return "emulated"
 
+    def expected(self) -> str | None:
+        """A CPU is always there."""
+        return "the emulator runs on the CPU"
+
+    def on_cpu(self) -> bool:
+        """It is."""
+        return True
+
     def available(self) -> str | None:
         """Why kernels cannot be emulated here, or None."""
         from kernelgen.emulator.languages import missing

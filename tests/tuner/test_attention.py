@@ -97,7 +97,7 @@ def test_tunes_and_is_used() -> None:
     if targets.get("c").runtime().available() is not None:
         pytest.skip("needs a C compiler")
     flags = ["--target", "c", "--op", "attention", "--format", "f16", "--shape", "1x4x2x1x300x64"]
-    done = CliRunner().invoke(app, ["tune", *flags, "--precision", "fp32", "--budget", "3"])
+    done = CliRunner().invoke(app, ["tune", *flags, "--precision", "fp32", "--budget", "20"])
     assert done.exit_code == 0, done.output
     (entry,) = cache.entries()
     assert entry.key.format == "d64_f16" and dict(entry.key.sizes)["S"] == 300

@@ -147,6 +147,14 @@ class CRuntime:
             return f"this CPU lacks {', '.join(sorted(missing))}, which {self.isa.name} needs"
         return None
 
+    def expected(self) -> str | None:
+        """A CPU is always there."""
+        return "the CPU is always there"
+
+    def on_cpu(self) -> bool:
+        """It is."""
+        return True
+
     def how(self) -> str:
         """What results here are worth."""
         return "run"

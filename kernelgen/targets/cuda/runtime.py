@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import re
+import sys
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,16 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.cuda import CAPABILITIES
-from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+from kernelgen.targets.device import Buffer, DeviceRuntime, rejected, visible
 from kernelgen.targets.emulated import EmulatedRuntime
 
 #: features of `Capabilities`, and the compute capability (times ten) that brought them
 _SINCE = {"half2": 60, "dot": 61, "mma": 80}
 #: those of one architecture alone, which must be compiled for it by name
 _ONLY = {"wgmma": 90}
+
+#: DLPack's number of CUDA devices
+_CUDA = 2
 
 #: bytes of shared memory that any launch may use
 _WITHOUT_ASKING = 49152
@@ -58,6 +64,38 @@ class CupyDriver:
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = self._cupy.asnumpy(buffer)
+
+    def takes(self, array: Any) -> bool:
+        """Whether an array of any library lies on a CUDA device."""
+        where = getattr(array, "__dlpack_device__", None)
+        return where is not None and int(where()[0]) == _CUDA
+
+    @contextlib.contextmanager
+    def at(self, array: Any) -> Iterator[None]:
+        """The array's device, and torch's current stream for what is torch's; cupy's own current
+        stream serves all others, with which DLPack keeps them in order."""
+        torch = sys.modules.get("torch")
+        cuda = self._cupy.cuda
+        with cuda.Device(int(array.__dlpack_device__()[1])):
+            if torch is None or not isinstance(array, torch.Tensor):
+                yield
+                return
+            with cuda.ExternalStream(torch.cuda.current_stream(array.device).cuda_stream):
+                yield
+
+    def borrow(self, array: Any) -> Buffer:
+        """The memory of an array as one of bytes."""
+        if not isinstance(array, self._cupy.ndarray):
+            array = self._cupy.from_dlpack(array)
+        return array.reshape(-1).view(self._cupy.uint8)
+
+    def zeros(self, nbytes: int) -> Buffer:
+        """A buffer of zeros."""
+        return self._cupy.zeros(nbytes, self._cupy.uint8)
+
+    def wait(self) -> None:
+        """Wait for the current stream."""
+        self._cupy.cuda.get_current_stream().synchronize()
 
     def program(self, kernel: Kernel) -> Any:
         """The kernel, compiled for this device."""
@@ -131,6 +169,12 @@ class CudaRuntime(DeviceRuntime):
     def available(self) -> str | None:
         """Why kernels cannot run here, or None."""
         return why_not()
+
+    def expected(self) -> str | None:
+        """A GPU's file, or cupy, which nobody installs for nothing."""
+        if "cupy" in sys.modules or importlib.util.find_spec("cupy") is not None:
+            return "cupy is installed"
+        return visible("/dev/nvidia[0-9]*") if sys.platform == "linux" else None
 
     @functools.cached_property
     def _opened(self) -> CupyDriver:

@@ -7,12 +7,13 @@ a Mac.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import platform
 import re
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,26 @@ class TorchDriver:
     def download(self, buffer: Buffer, out: Array) -> None:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()[: out.nbytes]
+
+    def takes(self, array: Any) -> bool:
+        """Whether an array is a tensor of torch's on the GPU."""
+        return str(getattr(array, "device", "")).partition(":")[0] == "mps"
+
+    @contextlib.contextmanager
+    def at(self, array: Any) -> Iterator[None]:
+        """There is one GPU, and torch has one queue for it."""
+        yield
+
+    def borrow(self, array: Any) -> Buffer:
+        """The memory of a tensor as one of bytes."""
+        return array.detach().reshape(-1).view(self._torch.uint8)
+
+    def zeros(self, nbytes: int) -> Buffer:
+        """A tensor of zeros."""
+        return self._torch.zeros(max(nbytes, 4), dtype=self._torch.uint8, device="mps")
+
+    def wait(self) -> None:
+        """Nothing to do: there is one queue, which keeps its order."""
 
     def program(self, kernel: Kernel) -> Any:
         """The kernel, compiled."""
@@ -234,9 +255,13 @@ def _complaint(log: str) -> tuple[str, int | None]:
     return (found[2], int(found[1])) if found else (log, None)
 
 
+def _is_mac() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
 def find_driver() -> type[TorchDriver] | type[MetalDriver] | str:
     """What reaches the GPU here, or a sentence that says why nothing does."""
-    if platform.system() != "Darwin" or platform.machine() != "arm64":
+    if not _is_mac():
         return (
             f"Metal kernels need a Mac with Apple silicon, and this is {platform.system()} on"
             f" {platform.machine()}; there, pip install kernelgen[metal]"
@@ -259,6 +284,10 @@ class MetalRuntime(DeviceRuntime):
         """Why kernels cannot run here, or None."""
         found = find_driver()
         return found if isinstance(found, str) else None
+
+    def expected(self) -> str | None:
+        """Whether this is such a Mac."""
+        return "this is a Mac with Apple silicon" if _is_mac() else None
 
     @functools.cached_property
     def _opened(self) -> TorchDriver | MetalDriver:

@@ -28,6 +28,14 @@ class NumpyRuntime:
         """None: kernelgen itself needs numpy."""
         return None
 
+    def expected(self) -> str | None:
+        """A CPU is always there."""
+        return "the CPU is always there"
+
+    def on_cpu(self) -> bool:
+        """It is."""
+        return True
+
     def how(self) -> str:
         """What results here are worth."""
         return "run"

@@ -146,6 +146,11 @@ class OpenCLRuntime(DeviceRuntime):
         found = find_device()
         return found if isinstance(found, str) else None
 
+    def on_cpu(self) -> bool:
+        """Whether the device is the CPU, as PoCL's is."""
+        found = find_device()
+        return not isinstance(found, str) and _kind(found) == "CPU"
+
     def driver(self) -> OpenCLDriver:
         """The device; opened on first use."""
         return _driver()

@@ -30,6 +30,9 @@ from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
 
+#: DLPack's numbers of devices that torch calls by the same name: CUDA and ROCm
+_GPU_KINDS = (2, 10)
+
 #: the interpreter replaces parts of Triton's language while a kernel runs
 _interpreting = threading.Lock()
 
@@ -142,6 +145,39 @@ class TorchDriver:
         """Wait, and fill an array."""
         out.reshape(-1).view(np.uint8)[:] = buffer.cpu().numpy()
 
+    def takes(self, array: Any) -> bool:
+        """Whether an array lies on a GPU that torch sees; the interpreter takes torch's tensors
+        on the CPU."""
+        if not hasattr(array, "__dlpack_device__"):
+            return False
+        if self._device.interpreted:
+            return isinstance(array, self._torch.Tensor) and array.device.type == "cpu"
+        return int(array.__dlpack_device__()[0]) in _GPU_KINDS
+
+    @contextlib.contextmanager
+    def at(self, array: Any) -> Iterator[None]:
+        """The array's GPU; Triton launches on torch's current stream."""
+        if self._device.interpreted:
+            yield
+            return
+        with self._torch.cuda.device(int(array.__dlpack_device__()[1])):
+            yield
+
+    def borrow(self, array: Any) -> Buffer:
+        """The memory of an array as a tensor of bytes."""
+        if not isinstance(array, self._torch.Tensor):
+            array = self._torch.from_dlpack(array)
+        return array.detach().reshape(-1).view(self._torch.uint8)
+
+    def zeros(self, nbytes: int) -> Buffer:
+        """A tensor of zeros."""
+        return self._torch.zeros(nbytes, dtype=self._torch.uint8, device=self._device.name)
+
+    def wait(self) -> None:
+        """Wait for the current stream."""
+        if not self._device.interpreted:
+            self._torch.cuda.current_stream().synchronize()
+
     def program(self, kernel: Kernel) -> Program:
         """The kernel; it is compiled by its first launch, and for each kind of sizes again."""
         function = getattr(load(kernel.source, file_of(kernel)), kernel.entry)
@@ -222,6 +258,10 @@ class TritonRuntime(DeviceRuntime):
     def how(self) -> str:
         """What is interpreted says nothing about a GPU's compiler."""
         return "emulated" if _device().interpreted else "run"
+
+    def on_cpu(self) -> bool:
+        """Whether kernels are interpreted."""
+        return _device().interpreted
 
     def driver(self) -> TorchDriver:
         """The device; opened on first use."""

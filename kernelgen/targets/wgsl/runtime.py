@@ -179,6 +179,11 @@ class WgpuRuntime(DeviceRuntime):
         found = find_adapter()
         return found if isinstance(found, str) else None
 
+    def on_cpu(self) -> bool:
+        """Whether the adapter is software on the CPU."""
+        found = find_adapter()
+        return not isinstance(found, str) and found.info.get("adapter_type") == "CPU"
+
     def driver(self) -> WgpuDriver:
         """The device; opened on first use."""
         return _driver()

@@ -1,0 +1,106 @@
+"""Ops on arrays that another library has on the device: nothing is copied, nobody waits, and all
+is launched in that library's order of things (`kernelgen.targets.device.Resident`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kernelgen.arrays import empty_like
+from kernelgen.errors import TargetError
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.base import Array, Kernel, Weights
+from kernelgen.targets.device import Buffer, DeviceRuntime, Resident, given_arrays
+
+
+def _driver(runtime: DeviceRuntime) -> Any:
+    driver = runtime.driver()
+    if not isinstance(driver, Resident):
+        raise TargetError(
+            f"target {runtime.name} cannot work on arrays of other libraries; give numpy arrays"
+        )
+    return driver
+
+
+def matmul(runtime: DeviceRuntime, kernel: Kernel) -> Callable[[Any, Weights, Any], None]:
+    """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills; x and y are
+    C-contiguous arrays of one library on one device.  It returns when all is launched."""
+    driver = _driver(runtime)
+
+    def launch(x: Any, n: int, weights: Buffer, buffers: Mapping[str, Buffer], y: Any) -> None:
+        m, k = x.shape
+        found = {**buffers, "w": weights, "y": driver.borrow(y)}
+        runtime.made(kernel, found, {"M": m, "N": n, "K": k})
+
+    def run(x: Any, w: Weights, y: Any) -> None:
+        if 0 in y.shape:
+            return
+        with driver.at(x):
+            pieces = runtime.prepare(kernel, w)
+            widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
+            for start, stop in runtime.windows(x.shape[0], 4 * widest):
+                rows = x[start:stop]
+                buffers = runtime.after_needed(kernel, {"x": driver.borrow(rows)}, *rows.shape)
+                for piece in pieces:
+                    n = piece.stop - piece.start
+                    if len(pieces) == 1:
+                        launch(rows, n, piece.buffer, buffers, y[start:stop])
+                        continue
+                    columns = empty_like(y, (stop - start, n))
+                    launch(rows, n, piece.buffer, buffers, columns)
+                    y[start:stop, piece.start : piece.stop] = columns
+
+    return run
+
+
+def attention(
+    runtime: DeviceRuntime, kernel: Kernel
+) -> Callable[[Any, Any, Any, Mapping[str, Array], Any], None]:
+    """A function of q, float32 (B, H, T, D), k and v, the operands by name, numpy arrays, and y,
+    float32 (B, H, T, DV), which it fills; q and y lie on the device, k and v are `Weights` or
+    arrays there in the element types of the kernel's formats.  It returns when all is launched."""
+    driver, launcher, kind = _driver(runtime), runtime.launcher(kernel), kernel.subject
+    assert isinstance(kind, Attention)
+    combine = kernel.then.get("attention_combine")
+    add_up = None if combine is None else runtime.launcher(combine)
+    splits = kernel.config.as_dict()["splits"]
+
+    def run(q: Any, k: Any, v: Any, operands: Mapping[str, Array], y: Any) -> None:
+        (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
+        keys = k.shape[0] * hk * s
+        if kind.page:
+            s = kind.page * operands["pages"].shape[1]
+        if 0 in y.shape or s == 0:
+            y[...] = 0
+            return
+        rows = b * h * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
+        row_bytes = kind.k.row_bytes(d), kind.v.row_bytes(kind.value_dim)
+        if max(rows, *(keys * nbytes for nbytes in row_bytes)) > driver.largest:
+            raise TargetError(
+                f"q of shape {tuple(q.shape)} with {s} keys was given on the device, where target"
+                f" {runtime.name} addresses {driver.largest} bytes of an array; call it for fewer"
+                " batches or heads at a time"
+            )
+        with driver.at(q):
+            given, skipped = given_arrays(driver, kind, operands)
+            sizes = {"B": b, "H": h, "T": t, "HK": hk, "S": s, **skipped}
+            sizes |= {"B0": 0, "H0": 0, "SPLITS": splits}
+            if kind.page:
+                sizes["PAGES"] = operands["pages"].shape[1]
+            buffers = {**given, **launcher.results(sizes, given=("y",))}
+            buffers |= {"q": driver.borrow(q), "y": driver.borrow(y)}
+            buffers |= {"k": _held(runtime, driver, k), "v": _held(runtime, driver, v)}
+            if add_up:
+                buffers |= launcher.results(sizes, ("scratch",))
+            launcher(buffers, sizes)
+            if add_up:
+                add_up(buffers, sizes)
+
+    return run
+
+
+def _held(runtime: DeviceRuntime, driver: Any, x: Any) -> Buffer:
+    """K or V as a buffer: an array's memory, or a tensor's copy on the device."""
+    if hasattr(x, "prepared"):
+        return runtime.held(x, slice(0, x.shape[0]), slice(0, x.shape[1]))
+    return driver.borrow(x)
