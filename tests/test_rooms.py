@@ -41,12 +41,15 @@ LEVELS = (
         "__main__",
         "api",
         "api_attention",
+        "api_fused",
+        "accuracy",
         "bench",
         "cli",
         "demo",
         "files",
         "verify",
         "verify_attention",
+        "verify_epilogue",
     ),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
