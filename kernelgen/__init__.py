@@ -20,6 +20,7 @@ _HOME = {
         "kernelgen.api",
     ),
     **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
+    "gated_matmul": "kernelgen.api_fused",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from kernelgen.api import unregister_format as unregister_format
     from kernelgen.api_attention import attention as attention
     from kernelgen.api_attention import captured as captured
+    from kernelgen.api_fused import gated_matmul as gated_matmul
     from kernelgen.errors import KernelgenError as KernelgenError
     from kernelgen.ir.block import BlockFormat as BlockFormat
     from kernelgen.tensor import QuantTensor as QuantTensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,6 +113,17 @@ def default_target() -> str:
     raise TargetError("; ".join(reasons))
 
 
+def require(target: str) -> Runtime:
+    """The runtime of a target that can run here; raises TargetError where it cannot."""
+    runtime = runtime_of(target)
+    reason = runtime.available()
+    if reason is not None:
+        raise TargetError(
+            f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
+        )
+    return runtime
+
+
 Runner = Callable[[Array, QuantTensor, Array], None]
 
 
@@ -122,12 +133,7 @@ def _matmul_runner(
 ) -> Runner:
     """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
     the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
-    runtime = runtime_of(target)
-    reason = runtime.available()
-    if reason is not None:
-        raise TargetError(
-            f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
-        )
+    runtime = require(target)
     manifest = target_list.get(target)
     choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k), max_error)
     return runtime.matmul(generate_walk(choice.walk, fmt, manifest, choice.config))
@@ -137,12 +143,20 @@ def matmul(
     x: Array,
     w: QuantTensor,
     *,
+    scale: Any = None,
+    bias: Any = None,
+    activation: Any = None,
+    epilogue: Callable[..., Any] | None = None,
+    operands: Sequence[Any] = (),
+    residual: Any = None,
+    norm: Any = None,
+    norm_eps: float = 1e-6,
     target: str | None = None,
     precision: str = "auto",
     max_error: float | None = None,
     out: Array | None = None,
 ) -> Array:
-    """y = x @ w.T with the weights decoded inside the kernel.
+    """y = x @ w.T with the weights decoded inside the kernel, and what is fused with it.
 
     x          (..., K) float32 or float16
     w          (N, K) in any format
@@ -154,23 +168,43 @@ def matmul(
                tuned under it, "auto" stands for float32
     out        (..., N) of x's dtype, C-contiguous, to write into
 
+    What may be fused, in the order in which it is done, at the place where y is stored:
+
+    norm       (K,): rows of x are first divided by their root mean square and multiplied by this;
+               norm_eps, by default 1e-6, is added to the mean of squares
+    scale      a number, or an array that broadcasts to y: y * scale
+    bias       (N,): y + bias
+    activation "silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "sigmoid", "tanh",
+               or a function of an expression
+    epilogue   a function of y and of `operands`, a sequence of arrays that broadcast to y, written
+               with Python's operators and `kernelgen.ir` (where, maximum...)
+    residual   (..., N): y + residual; out may be this very array
+
     Returns (..., N) of x's dtype.  The first call for a format compiles, and repacks w once.
     Raises ShapeError, TargetError, CompileError.
     """
+    if operands or not (scale is bias is activation is epilogue is residual is norm is None):
+        from kernelgen import api_fused
+
+        return api_fused.matmul(
+            x, w, scale=scale, bias=bias, activation=activation, epilogue=epilogue,
+            operands=operands, residual=residual, norm=norm, norm_eps=norm_eps, target=target,
+            precision=precision, max_error=max_error, out=out,
+        )  # fmt: skip
     shape = x.shape
-    n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
+    n, k = w.shape if len(w.shape) == 2 else not_a_matrix(w)
     if not shape or shape[-1] != k:
         raise ShapeError(
             f"x of shape {shape} was given for weights of shape {w.shape}: x needs {k} columns"
         )
     m = x.size // k
-    rows = x if x.dtype == np.float32 else _as_float32(x)
+    rows = x if x.dtype == np.float32 else as_float32(x)
     if len(shape) != 2:
         rows = rows.reshape(m, k)
     if not rows.flags.c_contiguous:
         rows = np.ascontiguousarray(rows)
     direct = out is None or out.dtype == np.float32
-    y = np.empty((m, n), np.float32) if out is None or not direct else _writable(out, shape, n, x)
+    y = np.empty((m, n), np.float32) if out is None or not direct else writable(out, shape, n, x)
     if m:
         # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
         bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
@@ -180,25 +214,25 @@ def matmul(
         run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
-            _writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
+            writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
         return out
     result = y if len(shape) == 2 else y.reshape(*shape[:-1], n)
     return result if x.dtype == np.float32 else result.astype(x.dtype)
 
 
-def _not_a_matrix(w: QuantTensor) -> tuple[int, int]:
+def not_a_matrix(w: QuantTensor) -> tuple[int, int]:
     raise ShapeError(
         f"weights are matrices (N, K), not of shape {w.shape}; w[e] takes one of a stack"
     )
 
 
-def _as_float32(x: Array) -> Array:
+def as_float32(x: Array) -> Array:
     if x.dtype != np.float16:
         raise ShapeError(f"x must be float32 or float16, not {x.dtype}; convert it with x.astype")
     return x.astype(np.float32)
 
 
-def _writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
+def writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     wanted = (*shape[:-1], n)
     if out.shape != wanted or out.dtype != x.dtype or not out.flags.c_contiguous:
         raise ShapeError(

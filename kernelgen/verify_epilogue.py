@@ -36,8 +36,10 @@ _FACTOR, _ROW = Operand("multiplier", ""), Operand("operand0", "m")
 
 
 def _own(s: Expr) -> Expr:
-    bent = where(s < _BIAS.value, s * _ROW.value, s / (1.0 + s * s))
-    return bent * _FACTOR.value - _RESIDUAL.value
+    """Without a step, at which a rounded sum might fall to the other side."""
+    beyond = s - _BIAS.value
+    bent = _BIAS.value * _ROW.value + beyond / (1.0 + beyond * beyond)
+    return where(beyond < 0.0, s * _ROW.value, bent) * _FACTOR.value - _RESIDUAL.value
 
 
 def _plain(label: str, function: Any, *operands: Operand) -> Fusion:
