@@ -21,6 +21,7 @@ _HOME = {
     ),
     **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
     "KVCache": "kernelgen.kv_cache",
+    "gated_matmul": "kernelgen.api_fused",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from kernelgen.api import unregister_format as unregister_format
     from kernelgen.api_attention import attention as attention
     from kernelgen.api_attention import captured as captured
+    from kernelgen.api_fused import gated_matmul as gated_matmul
     from kernelgen.errors import KernelgenError as KernelgenError
     from kernelgen.ir.block import BlockFormat as BlockFormat
     from kernelgen.kv_cache import KVCache as KVCache

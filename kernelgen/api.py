@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -117,18 +117,24 @@ class Runner:
         return resident.matmul(self.runtime, self.kernel)
 
 
-@once
-def _matmul_runner(
-    target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str, max_error: float | None
-) -> Runner:
-    """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
-    the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
+def require(target: str) -> Runtime:
+    """The runtime of a target that can run here; raises TargetError where it cannot."""
     runtime = runtime_of(target)
     reason = runtime.available()
     if reason is not None:
         raise TargetError(
             f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
         )
+    return runtime
+
+
+@once
+def _matmul_runner(
+    target: str, fmt: BlockFormat, m: int, n: int, k: int, precision: str, max_error: float | None
+) -> Runner:
+    """The compiled kernel for M rows of activations and weights (N, K), ready to be called, in
+    the configuration that the tuner's cache has for it.  The one look-up of a warm call."""
+    runtime = require(target)
     manifest = target_list.get(target)
     choice = lookup.choose(manifest, runtime, fmt, precision, (m, n, k), max_error)
     made = generate_walk(choice.walk, fmt, manifest, choice.config)
@@ -157,11 +163,16 @@ def _matmul_on_device(
     max_error: float | None = None,
     out: Any = None,
     on_fallback: str | None = None,
+    operands: Sequence[Any] = (),
+    norm_eps: float = 0.0,
+    **fused: Any,
 ) -> Any:
     """`matmul` of an array that lies where the target's kernels work: the result is there, too,
-    and nothing waits for it."""
+    and nothing waits for it.  NotImplemented where something is fused with it."""
+    if operands or any(one is not None for one in fused.values()):
+        return NotImplemented
     shape = tuple(x.shape)
-    n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
+    n, k = w.shape if len(w.shape) == 2 else not_a_matrix(w)
     if not shape or shape[-1] != k:
         _wrong_columns(shape, w)
     rows = arrays.as_float32(x).reshape(math.prod(shape[:-1]), k)
@@ -186,13 +197,21 @@ def matmul(
     x: Any,
     w: QuantTensor,
     *,
+    scale: Any = None,
+    bias: Any = None,
+    activation: Any = None,
+    epilogue: Callable[..., Any] | None = None,
+    operands: Sequence[Any] = (),
+    residual: Any = None,
+    norm: Any = None,
+    norm_eps: float = 1e-6,
     target: str | None = None,
     precision: str = "auto",
     max_error: float | None = None,
     out: Any = None,
     on_fallback: str | None = None,
 ) -> Any:
-    """y = x @ w.T with the weights decoded inside the kernel.
+    """y = x @ w.T with the weights decoded inside the kernel, and what is fused with it.
 
     x          (..., K) float32, float16 or bfloat16: a numpy array, or one of torch, cupy or any
                library that speaks DLPack
@@ -207,28 +226,48 @@ def matmul(
     on_fallback  "log": what serves less well than something that should be there is logged once;
                "error": it is an error; default: what KERNELGEN_ON_FALLBACK says, or "log"
 
+    What may be fused, in the order in which it is done, at the place where y is stored:
+
+    norm       (K,): rows of x are first divided by their root mean square and multiplied by this;
+               norm_eps, by default 1e-6, is added to the mean of squares
+    scale      a number, or an array that broadcasts to y: y * scale
+    bias       (N,): y + bias
+    activation "silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "sigmoid", "tanh",
+               or a function of an expression
+    epilogue   a function of y and of `operands`, a sequence of arrays that broadcast to y, written
+               with Python's operators and `kernelgen.ir` (where, maximum...)
+    residual   (..., N): y + residual; out may be this very array
+
     Returns (..., N) of x's dtype, library and device.  The first call for a format compiles, and
     repacks w once.  Raises ShapeError, TargetError (FallbackError is one), CompileError.
     """
+    if operands or not (scale is bias is activation is epilogue is residual is norm is None):
+        from kernelgen import api_fused
+
+        return api_fused.matmul(
+            x, w, scale=scale, bias=bias, activation=activation, epilogue=epilogue,
+            operands=operands, residual=residual, norm=norm, norm_eps=norm_eps, target=target,
+            precision=precision, max_error=max_error, out=out, on_fallback=on_fallback,
+        )  # fmt: skip
     shape = x.shape
-    n, k = w.shape if len(w.shape) == 2 else _not_a_matrix(w)
+    n, k = w.shape if len(w.shape) == 2 else not_a_matrix(w)
     if not shape or shape[-1] != k:
         _wrong_columns(shape, w)
     m = x.size // k
-    rows = x if x.dtype == np.float32 else _as_float32(x)
+    rows = x if x.dtype == np.float32 else as_float32(x)
     if len(shape) != 2:
         rows = rows.reshape(m, k)
     if not rows.flags.c_contiguous:
         rows = np.ascontiguousarray(rows)
     direct = out is None or out.dtype == np.float32
-    y = np.empty((m, n), np.float32) if out is None or not direct else _writable(out, shape, n, x)
+    y = np.empty((m, n), np.float32) if out is None or not direct else writable(out, shape, n, x)
     if m:
         name = target or default_target(on_fallback)
         found = _runner_for(name, w, m, precision, max_error, on_fallback)
         found.run(rows, w, y.reshape(m, n))
     if out is not None:
         if not direct:
-            _writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
+            writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
         return out
     result = y if len(shape) == 2 else y.reshape(*shape[:-1], n)
     return result if x.dtype == np.float32 else result.astype(x.dtype)
@@ -240,19 +279,19 @@ def _wrong_columns(shape: tuple[int, ...], w: QuantTensor) -> NoReturn:
     )
 
 
-def _not_a_matrix(w: QuantTensor) -> tuple[int, int]:
+def not_a_matrix(w: QuantTensor) -> tuple[int, int]:
     raise ShapeError(
         f"weights are matrices (N, K), not of shape {w.shape}; w[e] takes one of a stack"
     )
 
 
-def _as_float32(x: Array) -> Array:
+def as_float32(x: Array) -> Array:
     if x.dtype != np.float16:
         raise ShapeError(f"x must be float32 or float16, not {x.dtype}; convert it with x.astype")
     return x.astype(np.float32)
 
 
-def _writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
+def writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     wanted = (*shape[:-1], n)
     if out.shape != wanted or out.dtype != x.dtype or not out.flags.c_contiguous:
         raise ShapeError(

@@ -226,7 +226,7 @@ def of_choice(
     target: Target, choice: Choice, subject: Subject, asked: str, max_error: float | None = None
 ) -> tuple[Fallback, ...]:
     """What the kernel that the tuner's look-up chose does less well than could be wished: another
-    precision than the one that `asked` stands for, decode lane by lane."""What the kernel that the tuner's look-up chose does less well than could be wished: another precision than the one that `asked` stands for, decode lane by lane."""
+    precision than the one that `asked` stands for, decode lane by lane."""
     kernel = generate_walk(choice.walk, subject, target, choice.config)
     wanted = acceptable(asked, subject)[0]
     if asked == "auto" and (max_error is not None or choice.entry is not None):
@@ -290,7 +290,9 @@ def _foreign(
     name = target_for(kind, asked, on_fallback)
     kwargs = {**kwargs, "target": name}
     if on_device is not None and takes(name, first):
-        return on_device(*args, **kwargs)
+        there = on_device(*args, **kwargs)
+        if there is not NotImplemented:
+            return there
     if asked is None and kind not in arrays.HOST_KINDS and name in target_list.serving(kind):
         cost = "arrays are copied to the host and back in each call"
         reason = f"target {name} takes what this computes with from the host only"

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from kernelgen import __version__
 from kernelgen.config import Config
+from kernelgen.errors import ConfigError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import Expr, walk
+from kernelgen.ir.expr import Expr, show, walk
 from kernelgen.ir.layout import unit_bytes
+from kernelgen.ir.ops.epilogue import PLAIN, Fusion, in_words, statements
 from kernelgen.targets.base import Argument, Kernel, Subject, Target, Walk
 from kernelgen.targets.printer import Printer
 
@@ -60,31 +62,43 @@ def generate(
     target: Target,
     config: Config | None = None,
     precision: str = "",
+    fused: Fusion = PLAIN,
 ) -> Kernel:
     """Source for one kernel: deterministic in its arguments.
 
     `config` defaults to the walk's default for the target's assumed capabilities.
     """
-    return generate_walk(target.walk(op, subject, precision), subject, target, config)
+    return generate_walk(target.walk(op, subject, precision), subject, target, config, fused)
 
 
 def generate_walk(
-    one: Walk, subject: Subject, target: Target, config: Config | None = None
-) -> Kernel:
-    """Source for one kernel of a named walk, where `generate` takes the first that serves."""
-    return _render(one, subject, target, config or one.default(subject, target.capabilities))
+    one: Walk, subject: Subject, target: Target, config: Config | None = None,
+    fused: Fusion = PLAIN,
+) -> Kernel:  # fmt: skip
+    """Source for one kernel of a named walk, where `generate` takes the first that serves.
+
+    Of what is fused with a product the kernel does its own part, and those that it needs theirs;
+    `Kernel.normalizes` says whether any of them does the norm.
+    """
+    chosen = config or one.default(subject, target.capabilities)
+    reason = one.pairs(chosen) if fused.epilogue and fused.epilogue.gated else None
+    if reason is not None:
+        raise ConfigError(f"a gated {one.op} was asked for in {_config_text(chosen)}: {reason}")
+    return _render(one, subject, target, chosen, fused)
 
 
 @functools.lru_cache(maxsize=1024)
-def _render(one: Walk, subject: Subject, target: Target, config: Config) -> Kernel:
+def _render(one: Walk, subject: Subject, target: Target, config: Config, asked: Fusion) -> Kernel:
     steps = one.steps(subject, config)
-    tables = _tables(steps)
+    fused = one.part_of(asked)
+    finish = _finish(fused, target)
+    tables = _tables((steps, finish))
     # by text, as (0,) == (0.0,) == (-0.0,)
     names = {repr(values): name for name, values in tables.items()}
-    parts = (one.op, subject.name, one.precision, one.style)
+    parts = (one.op, subject.name, fused.name, one.precision, one.style)
     entry = target.prefix + "_".join(filter(None, parts))
     notes = tuple(f"decoded lane by lane: {r}" for r in getattr(steps, "scalar_because", ()))
-    spelt = _spelling(subject.names, target.reserved | set(tables))
+    spelt = _spelling(subject.names, target.reserved | set(tables) | fused.names)
 
     def table_name(values: tuple[Any, ...]) -> str:
         return names[repr(values)]
@@ -106,40 +120,55 @@ def _render(one: Walk, subject: Subject, target: Target, config: Config) -> Kern
         "walk": one.name, "version": __version__, "tables": tables, "unit_bytes": unit_bytes,
         "name": lambda one: rename(one.name), "int_name": rename,
         "op": one.op, "precision": one.precision, "halves": _halves,
-        "arguments": _arguments(one, subject, spelt),
+        "arguments": _arguments(one, subject, fused, spelt),
+        "epilogue": fused.epilogue, "norm": fused.norm, "finish": finish,
         "features": one.features + config.features, "contract": one.contract,
-        "title": _title(one, subject), "config_text": _config_text(config), **target.globals,
+        "title": _title(one, subject, fused), "config_text": _config_text(config), **target.globals,
     }  # fmt: skip
     template = environment(target).get_template(one.template)
     # the hash is of the text without itself: of all that makes this kernel what it is
     digest = hashlib.sha256(template.render(context | {"hash": ""}).encode()).hexdigest()[:16]
     source = template.render(context | {"hash": digest}).lstrip("\n")
-    needs = {op: _needed(op, one, subject, target) for op in one.needs(config)}
-    then = {op: _needed(op, one, subject, target) for op in one.then(config)}
+    before = Fusion(norm=asked.norm)
+    needs = {op: _needed(op, one, subject, target, before) for op in one.needs(config)}
+    then = {op: _needed(op, one, subject, target, PLAIN) for op in one.then(config)}
     return Kernel(
         target=target.name, op=one.op, subject=subject, walk=one, config=config, entry=entry,
         source=source, hash=digest, notes=notes,
-        needs=needs, then=then,
+        needs=needs, then=then, fused=fused,
     )  # fmt: skip
 
 
-def _needed(op: str, one: Walk, subject: Subject, target: Target) -> Kernel:
+def _finish(fused: Fusion, target: Target) -> tuple[tuple[tuple[str, Expr], ...], Expr] | None:
+    """An epilogue's values, by name, and its result, in what the target's language has."""
+    if fused.epilogue is None:
+        return None
+
+    def has(name: str) -> bool:
+        return all(f"call.{name}" in dialect.words for dialect in target.dialects.values())
+
+    return statements(in_words(fused.epilogue.value, has))
+
+
+def _needed(op: str, one: Walk, subject: Subject, target: Target, fused: Fusion) -> Kernel:
     """The kernel that must run before one of this walk: of its style where there is one."""
     served = [
         w for w in target.walks if (w.op, w.precision, w.style) == (op, one.precision, one.style)
     ]
     if served:
-        return generate_walk(served[0], subject, target)
-    return generate(op, subject, target, precision=one.precision)
+        return generate_walk(served[0], subject, target, fused=fused)
+    return generate(op, subject, target, precision=one.precision, fused=fused)
 
 
-def _arguments(one: Walk, subject: Subject, spelt: Mapping[str, str]) -> tuple[Argument, ...]:
+def _arguments(
+    one: Walk, subject: Subject, fused: Fusion, spelt: Mapping[str, str]
+) -> tuple[Argument, ...]:
     """The arguments as the source spells them: those that depend on the subject have names of its
     author's."""
     own = {a.name for a in one.operands(subject)} - {a.name for a in one.arguments}
     return tuple(
         dataclasses.replace(a, name=spelt.get(a.name, a.name)) if a.name in own else a
-        for a in one.arguments_for(subject)
+        for a in one.arguments_for(subject, fused)
     )
 
 
@@ -148,9 +177,11 @@ def _halves(count: int) -> list[int]:
     return [count >> n for n in range(1, count.bit_length())]
 
 
-def _title(one: Walk, subject: Subject) -> str:
+def _title(one: Walk, subject: Subject, fused: Fusion) -> str:
     with_precision = f", {one.precision} activations" if one.precision not in ("", "fp32") else ""
-    return f"{one.op} {subject.name}{with_precision}"
+    norm = ", normalized" if fused.norm else ""
+    ended = f", {show(fused.epilogue.value)}" if fused.epilogue else ""
+    return f"{one.op} {subject.name}{with_precision}{norm}{ended}"
 
 
 def _config_text(config: Config) -> str:

@@ -12,6 +12,7 @@ from kernelgen.api_attention import attention
 from kernelgen.errors import ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.targets.device import Held
 from kernelgen.tensor import QuantTensor, quantize
 
 Array = npt.NDArray[Any]
@@ -160,8 +161,11 @@ class KVCache:
                 outer, inner = int(self.pages[b, at // self._page]), at % self._page
                 some = min(count - done, self._page - inner)
             place[outer, :, inner : inner + some] = rows[:, done : done + some]
-            for held in tuple(w.prepared.values()):
-                held.renew(place, outer, slice(inner, inner + some))
+            for key, copy in tuple(w.prepared.items()):
+                if isinstance(copy, Held):
+                    copy.renew(place, outer, slice(inner, inner + some))
+                else:  # of another op; made again when it is wanted
+                    del w.prepared[key]
             done += some
 
     def truncate(self, length: int = 0, batch: int | None = None) -> None:

@@ -245,6 +245,67 @@ def human_bytes(count: float) -> str:
     return f"{count / 1000:.1f} TB"
 
 
+class Interleaved:
+    """Two matrices (N, K) of one format as one, for a gated product: `apart` rows of the first, as
+    many of the second, and so on; rows of zero bytes fill up the last ones.
+
+    The bytes are there only until `forget` is called, as targets keep repacked copies; read again
+    they are made again.
+    """
+
+    __slots__ = ("__weakref__", "_apart", "_data", "_first", "_prepared", "_second", "_shape")
+
+    def __init__(self, first: QuantTensor, second: QuantTensor, apart: int = 1) -> None:
+        if first.format is not second.format or first.shape != second.shape:
+            raise ShapeError(
+                f"{first.format.name} {_times(first.shape)} and {second.format.name}"
+                f" {_times(second.shape)} were given; gate and up have one format and one shape"
+            )
+        if len(first.shape) != 2:
+            raise ShapeError(f"gate and up are matrices (N, K), not of shape {first.shape}")
+        self._first, self._second, self._apart = first, second, apart
+        n, k = first.shape
+        self._shape = (-(-n // apart) * 2 * apart, k)
+        self._data: npt.NDArray[np.uint8] | None = None
+        self._prepared: dict[Hashable, Any] = {}
+
+    @property
+    def format(self) -> BlockFormat:
+        """The format of both."""
+        return self._first.format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows of both, K)."""
+        return self._shape
+
+    @property
+    def data(self) -> npt.NDArray[np.uint8]:
+        """The bytes, uint8 (rows of both, row_bytes)."""
+        if self._data is None:
+            n, row_bytes = self._first.data.shape
+            data = np.zeros(
+                (self._shape[0] // (2 * self._apart), 2, self._apart, row_bytes), np.uint8
+            )
+            whole = n // self._apart
+            for which, one in enumerate((self._first, self._second)):
+                cut = one.data[: whole * self._apart]
+                data[:whole, which] = cut.reshape(whole, self._apart, row_bytes)
+                data[whole:, which, : n - whole * self._apart] = one.data[whole * self._apart :]
+            self._data = data.reshape(-1, row_bytes)
+            self._data.flags.writeable = False
+        return self._data
+
+    @property
+    def prepared(self) -> dict[Hashable, Any]:
+        """Copies that targets repacked or uploaded, under keys of their own."""
+        return self._prepared
+
+    def forget(self) -> None:
+        """Free the bytes; what targets keep stays."""
+        self._data = None
+
+
 def _times(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))
 

@@ -43,15 +43,18 @@ LEVELS = (
         "__main__",
         "api",
         "api_attention",
+        "api_fused",
+        "accuracy",
         "bench",
         "cli",
         "demo",
         "files",
+        "kv_cache",
         "torch",
         "verify",
         "verify_attention",
+        "verify_epilogue",
     ),
-    ("kv_cache",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (

@@ -20,6 +20,7 @@ from kernelgen.cli.terminal import (
     TargetNames,
     console,
     pick_formats,
+    pick_kinds,
     pick_op,
     pick_targets,
     print_json,
@@ -32,6 +33,7 @@ from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import OPS, Target
+from kernelgen.verify_epilogue import KINDS
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,23 @@ def _print_cells(
         ]
     for line in dict.fromkeys(said):
         out.print(f"  {line}", soft_wrap=True)
+    if {"matvec", "matmul"} & set(ops):
+        out.print(f"  fused with matvec and matmul: {_fused_words(target)}", soft_wrap=True)
     out.print()
+
+
+def _fused_words(target: Target) -> str:
+    """What products of a target do besides, in one kernel."""
+    products = [walk for walk in target.walks if walk.op in ("matvec", "matmul")]
+    before = {(w.op, w.precision, w.style) for w in target.walks if w.norms}
+    inside = {
+        walk.precision
+        for walk in products
+        for op in (walk.op, *walk.needs(walk.config.default(target.capabilities, 1)))
+        if {(op, walk.precision, walk.style), (op, walk.precision, "")} & before
+    }
+    norm = f"RMSNorm ({', '.join(sorted(inside))})" if inside else "no RMSNorm"
+    return f"epilogues, gated pairs, {norm}; kernelgen verify --epilogue all runs them"
 
 
 def _words(cell: Cell) -> str:
@@ -169,6 +187,10 @@ def show(
             "--config", metavar="K=V", help="A value of the configuration; may be repeated."
         ),
     ] = None,
+    epilogue: Annotated[
+        str,
+        typer.Option("--epilogue", metavar="E", help=f"What is fused with it: {', '.join(KINDS)}."),
+    ] = "",
     ir: Annotated[
         bool, typer.Option("--ir", help="Show how the format's description became packed code.")
     ] = False,
@@ -178,6 +200,8 @@ def show(
     manifest = target_list.get(target)
     chosen = choose_precision(precision, fmt)
     made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
+    for kind in pick_kinds([epilogue] if epilogue else None):
+        made = generate_walk(made.walk, fmt, manifest, made.config, KINDS[kind])
     out = console()
     if ir:
         for line in stages.lines(made):

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kernelgen import api, verify_attention
+from kernelgen import api, verify_attention, verify_epilogue
 from kernelgen import bench as benchmark
 from kernelgen import verify as verifier
 from kernelgen.cli.terminal import (
     AsJson,
+    Epilogues,
     FormatNames,
     Names,
     OpNames,
@@ -22,6 +23,7 @@ from kernelgen.cli.terminal import (
     complain,
     console,
     pick_formats,
+    pick_kinds,
     pick_ops,
     pick_targets,
     print_json,
@@ -60,10 +62,12 @@ def verify(
     all_configs: Annotated[
         bool, typer.Option("--all-configs", help="Every legal configuration, not only the default.")
     ] = False,
+    epilogue: Epilogues = None,
     as_json: AsJson = False,
 ) -> None:
     """Run kernels against the numpy reference; exit with 1 if any is wrong."""
     formats, ops = pick_formats(format), pick_ops(op or list(verifier.OPS), _OPS)
+    kinds = pick_kinds(epilogue)
     # K and V in all formats, all kinds and head sizes, are too many to be a default
     caches = formats if format else [format_list.get(name) for name in _CACHE_FORMATS]
     runtimes = list(_runtimes(target, EMULATED if emulate else isa))
@@ -77,13 +81,14 @@ def verify(
         for one, runtime in runtimes:
             for fmt in formats:
                 progress.update(task, description=f"{one.name} {fmt.name}")
-                for result in verifier.verify(
-                    one, [fmt], ops, runtime=runtime, all_configs=all_configs
-                ):
+                products = verify_epilogue.verify(one, [fmt], ops, kinds, runtime=runtime)
+                plain = verifier.verify(one, [fmt], ops, runtime=runtime, all_configs=all_configs)
+                for result in products if kinds else plain:
                     results.append(result)
                     if not as_json:
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
                 progress.advance(task)
+            attends = attends and not kinds
             for result in verify_attention.verify(one, caches, runtime=runtime) if attends else ():
                 results.append(result)
                 if not as_json:

@@ -28,6 +28,7 @@ from kernelgen.errors import TargetError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import Target
+from kernelgen.verify_epilogue import KINDS
 
 Names = list[str] | None
 
@@ -45,6 +46,14 @@ Variant = Annotated[
         "--isa",
         metavar="I",
         help="The variant of a target, such as an instruction set; the best here by default.",
+    ),
+]
+Epilogues = Annotated[
+    Names,
+    typer.Option(
+        "--epilogue",
+        metavar="E",
+        help=f"What is fused with matvec and matmul: {', '.join(KINDS)}; or all.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
@@ -66,6 +75,17 @@ def pick_ops(given: Names, known: Sequence[str]) -> tuple[str, ...]:
     """Ops by name, in the order in which they are known; all where none is given."""
     names = [pick_op(name, known) for name in split_names(given)]
     return tuple(op for op in known if op in names) or tuple(known)
+
+
+def pick_kinds(given: Names) -> tuple[str, ...]:
+    """Kinds of epilogues by name; none where none is given."""
+    names = split_names(given)
+    unknown = [name for name in names if name != "all" and name not in KINDS]
+    if unknown:
+        raise TargetError(
+            f"epilogue {unknown[0]!r} was asked for; there are {', '.join(KINDS)}, and all"
+        )
+    return tuple(KINDS) if "all" in names else tuple(names)
 
 
 def pick_op(given: str, known: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kernelgen import api
 from kernelgen import targets as target_list
+from kernelgen.api_fused import launches_of
 from kernelgen.bench import busy
 from kernelgen.cli import caching, dispatching
 from kernelgen.cli.terminal import (
@@ -25,6 +26,7 @@ from kernelgen.cli.terminal import (
     complain,
     console,
     pick_formats,
+    pick_kinds,
     print_json,
     split_names,
     table,
@@ -48,6 +50,7 @@ from kernelgen.tuner.problems import (
 )
 from kernelgen.tuner.report import EFFORTS, Options, Report, Status, amount, summary
 from kernelgen.tuner.study import Study
+from kernelgen.verify_epilogue import KINDS
 
 #: rows of activations that a model's matrices are tuned for: one token, and a prompt
 _MODEL_ROWS = (1, 128)
@@ -390,6 +393,9 @@ def explain(
     max_error: MaxError = None,
     objective: Objective = "time",
     isa: Variant = "",
+    epilogue: Annotated[
+        str, typer.Option("--epilogue", metavar="E", help="What is fused with it, or all.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Say which configuration serves a problem, by what rule, and what others there were."""
@@ -404,9 +410,14 @@ def explain(
     ]  # fmt: skip
     entry = choice.entry
     fallbacks = of_choice(manifest, choice, problem.subject, problem.precision, problem.max_error)
+    launches = [] if not isinstance(problem, MatmulProblem) else [
+        line for kind in pick_kinds([epilogue] if epilogue else None)
+        for line in launches_of(manifest.name, problem, KINDS[kind])
+    ]  # fmt: skip
     if as_json:
         print_json(
             {
+                "launches": launches,
                 "problem": str(problem), "target": manifest.name,
                 "device": vars(device_of(manifest, runtime)), "rule": choice.rule,
                 "why": choice.why, "choice": choice.candidate.as_dict(),
@@ -436,6 +447,8 @@ def explain(
     else:
         print(f"  expects   unknown; kernelgen tune --target {manifest.name} {problem.flags}"
               " finds out")  # fmt: skip
+    for line in launches:
+        print(f"  launches  {line}")
     for found in others:
         used = found.refused or f"{found.rule}, further away"
         print(f"  other     {caching.one_line(found.entry)}: {used}")

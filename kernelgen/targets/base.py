@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -18,11 +18,15 @@ from kernelgen.config import Capabilities, Config
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import Activations
+from kernelgen.ir.ops.epilogue import NORM_WEIGHT, PLAIN, Fusion
 from kernelgen.ir.steps import scalar_steps
 from kernelgen.problem import acceptable
 from kernelgen.targets.printer import Dialect
 
 Array = npt.NDArray[Any]
+
+#: operands of a kernel that has none
+NONE: Mapping[str, Array] = {}
 
 #: the variant of a target that runs its kernels without their device
 EMULATED = "emulated"
@@ -39,6 +43,10 @@ OPS = (
     "attention",
     "attention_combine",
 )
+
+
+#: columns of y, where these are not the rows of weights: two of which make one in a gated product
+NY = "NY"
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,9 @@ class Walk:
     fits       why a configuration that is legal by itself does not fit a subject, or None
     buffers    arguments with blocks, where there is not one `w`: for each its template gets a
                printer of expressions that fetch from it, such as memory_k
+    norms      whether its template normalizes activations where that is asked for
+    apart      how far apart two rows of weights lie of which one thread has both sums, as a gated
+               product has its rows; `pairs`: why it has not in a configuration, or None
     """
 
     name: str
@@ -147,6 +158,9 @@ class Walk:
     kind: type = BlockFormat
     fits: Callable[[Config, Any, Capabilities], str | None] = lambda *_: None
     buffers: tuple[str, ...] = ()
+    norms: bool = False
+    apart: int = 1
+    pairs: Callable[[Config], str | None] = lambda config: None
 
     def accepts(self, subject: Subject) -> str | None:
         """Why a subject cannot take this walk, or None."""
@@ -154,10 +168,34 @@ class Walk:
             return f"{self.op} is about another kind of thing than {subject.name}"
         return self.applies(subject)
 
-    def arguments_for(self, subject: Subject) -> tuple[Argument, ...]:
+    def arguments_for(self, subject: Subject, fused: Fusion = PLAIN) -> tuple[Argument, ...]:
         """Arguments of the entry point, in order."""
-        given = {a.name: a for a in (*self.arguments, *self.operands(subject))}
-        return tuple(sorted(given.values(), key=lambda one: one.role == "size"))
+        everything = (*self.arguments, *self.operands(subject), *self._fused_arguments(fused))
+        given = tuple({a.name: a for a in everything}.values())
+        if fused.epilogue is not None and fused.epilogue.gated:
+            given = tuple(
+                replace(a, shape=("M", NY)) if a.role in ("out", "result") else a for a in given
+            )
+        return tuple(sorted(given, key=lambda one: one.role == "size"))
+
+    def _fused_arguments(self, fused: Fusion) -> Iterator[Argument]:
+        """The norm's weight, operands and, of a gated product, `NY`."""
+        if fused.norm:
+            yield Argument(NORM_WEIGHT, "in", "f32", ("K",))
+        if fused.epilogue is None:
+            return
+        columns = NY if fused.epilogue.gated else "N"
+        for one in fused.epilogue.operands:
+            shape = tuple(columns if s == "N" else s for s in one.shape)
+            yield Argument(one.name, "in", "f32", shape)
+        sizes = [one for one in self.arguments if one.role == "size"]
+        if fused.epilogue.gated and sizes:  # arrays of a language that knows their shapes need none
+            yield Argument(NY, "size", sizes[0].dtype)
+
+    def part_of(self, fused: Fusion) -> Fusion:
+        """What this walk does of a fusion: products end it, and some kernels begin it."""
+        ends = self.op in ("matvec", "matmul")
+        return Fusion(fused.epilogue if ends else None, fused.norm if self.norms else None)
 
     def refuses(self, config: Config, subject: Subject, caps: Capabilities) -> str | None:
         """Why a device cannot run this walk for a subject in a configuration, or None."""
@@ -184,6 +222,7 @@ class Kernel:
                "quantize" the activations
     then       kernels that must run after it, by op
     notes      what a reader of `list` or of the source should know
+    fused      what it does besides
     """
 
     target: str
@@ -197,6 +236,7 @@ class Kernel:
     needs: Mapping[str, Kernel] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
     then: Mapping[str, Kernel] = field(default_factory=dict, hash=False)
+    fused: Fusion = PLAIN
 
     @property
     def precision(self) -> str:
@@ -205,8 +245,8 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """What it is called in a build: op, subject, precision, style."""
-        parts = (self.op, self.subject.name, self.precision, self.walk.style)
+        """What it is called in a build: op, subject, fusion, precision, style."""
+        parts = (self.op, self.subject.name, self.fused.name, self.precision, self.walk.style)
         return "_".join(p for p in parts if p)
 
     @property
@@ -218,7 +258,12 @@ class Kernel:
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """Arguments of the entry point, in order."""
-        return self.walk.arguments_for(self.subject)
+        return self.walk.arguments_for(self.subject, self.fused)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether it, or a kernel that runs before it, normalizes activations."""
+        return any(one.fused.norm for one in (self, *self.needs.values()))
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -249,6 +294,14 @@ class Weights(Protocol):
 
     @property
     def prepared(self) -> dict[Hashable, Any]: ...
+
+
+class Product(Protocol):
+    """A matmul that is ready to be called (`Runtime.matmul`)."""
+
+    def __call__(
+        self, x: Array, w: Weights, y: Array, operands: Mapping[str, Array] = NONE, /
+    ) -> None: ...
 
 
 def check_rows(ids: Array, n: int) -> None:
@@ -302,8 +355,11 @@ class Runtime(Protocol):
         """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
         ...
 
-    def quantize(self, kernel: Kernel, x: Array) -> Activations:
-        """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
+    def quantize(
+        self, kernel: Kernel, x: Array, operands: Mapping[str, Array] = NONE
+    ) -> Activations:
+        """Activations x, float32 (M, K), as int8 in the form of the kernel's format; `operands`
+        holds the norm's weight where the kernel normalizes them."""
         ...
 
     def prepare(self, kernel: Kernel, w: Weights) -> Any:
@@ -319,11 +375,14 @@ class Runtime(Protocol):
         """
         ...
 
-    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
-        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills.
+    def matmul(self, kernel: Kernel) -> Product:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills, and of
+        what the kernel's fusion reads, by name: operands of its epilogue, float32 of the shapes
+        that their axes say, and the norm's weight.
 
-        Arrays are C-contiguous and do not overlap.  The function is safe to call from many
-        threads at once.
+        Of a gated product, w is the two matrices as one (`kernelgen.tensor.Interleaved`), and y has
+        half as many columns.  Arrays are C-contiguous and do not overlap; but an operand (M, N) may
+        be y itself.  The function is safe to call from many threads at once.
         """
         ...
 

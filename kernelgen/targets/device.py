@@ -22,10 +22,14 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
 from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Operand
 from kernelgen.targets.attention import arrays, strides
-from kernelgen.targets.base import Argument, Array, Kernel, Weights, check_rows
+from kernelgen.targets.base import NONE, NY, Argument, Array, Kernel, Product, Weights, check_rows
 
 Buffer = Any
+
+#: rows that belong together in some layout or product, and so in one buffer
+_TOGETHER = 16
 
 
 class Driver(Protocol):
@@ -302,6 +306,7 @@ class DeviceRuntime:
         """Ranges of rows of which each fits a buffer."""
         largest = self.driver().largest
         step = largest // row_bytes
+        step -= step % _TOGETHER if step > _TOGETHER else 0
         if not step:
             raise TargetError(
                 f"a row of {row_bytes} bytes does not fit a buffer of target {self.name}, which"
@@ -348,7 +353,9 @@ class DeviceRuntime:
         driver.download(buffers["y"], y)
         return y
 
-    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+    def quantize(
+        self, kernel: Kernel, x: Array, operands: Mapping[str, Array] = NONE
+    ) -> Activations:
         """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
         x = np.ascontiguousarray(x, np.float32)
         m, k = x.shape
@@ -358,9 +365,8 @@ class DeviceRuntime:
         scale = np.empty((m, k // fmt.block), np.float32)
         sums = np.empty((m, k // fmt.group), np.float32)
         for start, stop in self.windows(m, 4 * k):
-            buffers = self.made(
-                kernel, {"x": driver.upload(x[start:stop])}, {"M": stop - start, "K": k}
-            )
+            given = {"x": driver.upload(x[start:stop]), **self._norm_weight(operands)}
+            buffers = self.made(kernel, given, {"M": stop - start, "K": k})
             for name, array in (("xq", q), ("xd", scale), ("xs", sums)):
                 driver.download(buffers[name], array[start:stop])
         return Activations(q, scale, sums)
@@ -374,44 +380,69 @@ class DeviceRuntime:
         launcher(found, sizes)
         return found
 
-    def inputs(self, kernel: Kernel, x: Array) -> dict[str, Buffer]:
+    def _norm_weight(self, operands: Mapping[str, Array]) -> dict[str, Buffer]:
+        """The norm's weight in device memory, where there is a norm."""
+        found = operands.get(NORM_WEIGHT)
+        return {} if found is None else {NORM_WEIGHT: self.driver().upload(found)}
+
+    def inputs(
+        self, kernel: Kernel, x: Array, operands: Mapping[str, Array] = NONE
+    ) -> dict[str, Buffer]:
         """Activations x, float32 (M, K), in device memory, as the kernel takes them: after all
         kernels that it needs."""
-        return self.after_needed(kernel, {"x": self.driver().upload(x)}, *x.shape)
+        given = {"x": self.driver().upload(x), **self._norm_weight(operands)}
+        return self.after_needed(kernel, given, *x.shape)
 
     def after_needed(
         self, kernel: Kernel, buffers: dict[str, Buffer], m: int, k: int
     ) -> dict[str, Buffer]:
-        """The same for activations "x" (M, K) that are in device memory already."""
+        """The same for activations "x" (M, K), and what else they take, that are in device memory
+        already."""
         for first in kernel.needs.values():
             buffers = self.made(first, buffers, {"M": m, "K": k})
         return buffers
 
-    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
-        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+    def matmul(self, kernel: Kernel) -> Product:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills, and of
+        operands by name."""
         driver = self.driver()
         self.launcher(kernel)  # compiled now
+        epilogue = kernel.fused.epilogue
+        read = epilogue.operands if epilogue is not None else ()
+        each = 2 if epilogue is not None and epilogue.gated else 1
 
-        def launch(x: Array, piece: Piece, buffers: Mapping[str, Buffer]) -> Buffer:
-            sizes = {"M": len(x), "N": piece.stop - piece.start, "K": x.shape[1]}
-            return self.made(kernel, {**buffers, "w": piece.buffer}, sizes)["y"]
-
-        def run(x: Array, w: Weights, y: Array) -> None:
+        def run(x: Array, w: Weights, y: Array, operands: Mapping[str, Array] = NONE) -> None:
             if y.size == 0:
                 return
             pieces = self.prepare(kernel, w)
+            if each > 1 and any(piece.start % _TOGETHER for piece in pieces):
+                raise TargetError(
+                    f"rows of {w.format.row_bytes(w.shape[1])} bytes were given to a gated product,"
+                    f" too long for the buffers of target {self.name}, of {driver.largest} bytes;"
+                    " use another target"
+                )
             widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
             for start, stop in self.windows(len(x), 4 * widest):
                 rows, part = x[start:stop], y[start:stop]
-                buffers = self.inputs(kernel, rows)
-                outs = [launch(rows, piece, buffers) for piece in pieces]
+                buffers = self.inputs(kernel, rows, operands)
+                outs = []
+                for piece in pieces:
+                    columns = slice(piece.start // each, min(piece.stop // each, y.shape[1]))
+                    sizes = {"M": len(rows), "N": piece.stop - piece.start, "K": x.shape[1]}
+                    sizes[NY] = columns.stop - columns.start
+                    given = {
+                        one.name: driver.upload(_cut(one, operands, slice(start, stop), columns))
+                        for one in read
+                    }
+                    made = self.made(kernel, {**buffers, **given, "w": piece.buffer}, sizes)
+                    outs.append((columns, made["y"]))
                 if len(pieces) == 1:
-                    driver.download(outs[0], part)
+                    driver.download(outs[0][1], part)
                     continue
-                for piece, out in zip(pieces, outs, strict=True):
-                    columns = np.empty((len(rows), piece.stop - piece.start), np.float32)
-                    driver.download(out, columns)
-                    part[:, piece.start : piece.stop] = columns
+                for columns, out in outs:
+                    found = np.empty((len(rows), columns.stop - columns.start), np.float32)
+                    driver.download(out, found)
+                    part[:, columns] = found
 
         return run
 
@@ -498,6 +529,12 @@ class DeviceRuntime:
                 buffer = driver.upload(w.data[batches, heads])
                 found = w.prepared[key] = Held(driver, buffer, batches, heads)
         return found.buffer
+
+
+def _cut(one: Operand, operands: Mapping[str, Array], rows: slice, columns: slice) -> Array:
+    """An operand's elements for some rows and columns of y."""
+    where = {"": (), "m": (rows,), "n": (columns,), "mn": (rows, columns)}
+    return np.ascontiguousarray(operands[one.name][where[one.axes]], np.float32)
 
 
 def given_arrays(

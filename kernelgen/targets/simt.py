@@ -20,9 +20,11 @@ from kernelgen.config import (
     TileConfig,
 )
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import Expr, call, number
 from kernelgen.ir.layout import named_layout
+from kernelgen.ir.ops.epilogue import Epilogue, RmsNorm
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.targets.base import Argument, Launch, Walk
+from kernelgen.targets.base import NY, Argument, Launch, Walk
 
 #: folder of the shared templates
 TEMPLATES = "simt"
@@ -48,6 +50,9 @@ class Words(Protocol):
         type, count); `thread`, `group_x`, `group_y`, `groups_x`, `groups_y` are u32 values after
         it.  With the feature "subgroups" so are `subgroup`, a number below `subgroups`, and
         `lane`, which is 0 in one thread of each."""
+
+    def function(self, name: str, parameters: tuple[str, ...]) -> str:
+        """The head of a function of f32 that gives an f32, up to its opening brace."""
 
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
@@ -156,6 +161,7 @@ def _matmul(op: str, precision: str, template: str, config: type[Config], launch
         steps=_steps,
         launch=launch,
         needs=lambda config: ("quantize",) * (precision == "int8"),
+        pairs=even_rows if issubclass(config, TileConfig) else lambda config: None,
     )
 
 
@@ -201,6 +207,7 @@ def walks() -> tuple[Walk, ...]:
             contract=False,
             steps=_steps,
             launch=_quantize_launch,
+            norms=True,
         )
     )
     for precision, config in (("int8", DotMatvecConfig), ("fp32", MatvecConfig)):
@@ -253,9 +260,31 @@ def each(indent: int, count: int | Iterable[int], text: str) -> str:
     return "\n".join(" " * indent + line for line in lines)
 
 
+def finished(epilogue: Epilogue | None, sums: str, m: str, n: str) -> str:
+    """What is stored of sums (several with commas) as result (m, n)."""
+    if epilogue is None:
+        return sums
+    width = NY if epilogue.gated else "N"
+    places = {"": "0", "n": n, "m": m, "mn": f"{m} * {width} + {n}"}
+    read = [f"{one.name}[{places[one.axes]}]" for one in epilogue.operands]
+    return f"finish({', '.join([sums, *read])})"
+
+
+def one_over_rms(norm: RmsNorm) -> Expr:
+    """What a row is multiplied by, whose sum of squares is in `part[0]`."""
+    return call("rsqrt", number("part[0]") / number("f32(K)") + norm.eps)
+
+
+def even_rows(config: Config) -> str | None:
+    """Why no thread of a tile has two rows that lie side by side, or None."""
+    assert isinstance(config, TileConfig)
+    return "a thread has one row of weights; thread_n must be even" if config.thread_n % 2 else None
+
+
 def template_globals(words: Words) -> dict[str, Any]:
     """What the templates may call, beside the printer."""
-    names = ("constant", "table", "kernel", "let", "var", "array", "repeat", "barrier")
+    names = ("constant", "table", "kernel", "function", "let", "var", "array", "repeat", "barrier")
     return {name: getattr(words, name) for name in names} | {
-        "byte": byte, "chunk": chunk, "each": each, "narrow": narrow, "span": span, "wide": wide,
+        "byte": byte, "chunk": chunk, "each": each, "finished": finished, "narrow": narrow,
+        "one_over_rms": one_over_rms, "span": span, "wide": wide,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c.attention import WALK as ATTENTION
 from kernelgen.targets.c.attention import mentions
-from kernelgen.targets.c.dialect import LANES, ROWS, SCALAR
+from kernelgen.targets.c.dialect import LANES, RESULTS, ROWS, SCALAR
 from kernelgen.targets.printer import Printer
 
 _SIZES = tuple(Argument(name, "size", "i64") for name in ("M", "N", "K"))
@@ -83,6 +83,7 @@ def _matmul(op: str, precision: str) -> Walk:
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
+        norms=precision == "int8",
     )
 
 
@@ -166,6 +167,7 @@ TARGET = Target(
             symbols=_SYMBOLS,
             applies=_integer_codes,
             contract=False,
+            norms=True,
         ),
         _matmul("matvec", "int8"),
         _matmul("matvec", "fp32"),
@@ -183,7 +185,7 @@ TARGET = Target(
         ),
         ATTENTION,
     ),
-    dialects={"scalar": SCALAR, "rows": ROWS, "lanes": LANES},
+    dialects={"scalar": SCALAR, "rows": ROWS, "lanes": LANES, "results": RESULTS},
     capabilities=Capabilities(lanes=8, registers=16),
     indexes=(("kernelgen.h.j2", "kernelgen.h"),),
     support_files=(

@@ -227,3 +227,14 @@ LANES = Dialect(
     _OPERATORS,
     LanesPrinter,
 )
+
+
+class ResultsPrinter(LanesPrinter):
+    """Prints what is computed from sums and operands, of which each lane has its own."""
+
+    def varies(self, expr: Expr) -> bool:
+        """Whether anything but constants occurs in it."""
+        return any(node.op == "var" for node in walk(expr))
+
+
+RESULTS = Dialect(LANES.words, _OPERATORS, ResultsPrinter)

@@ -21,8 +21,18 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.attention import strides
-from kernelgen.targets.base import Array, Kernel, Weights, check_rows
+from kernelgen.targets.base import (
+    NONE,
+    NY,
+    Array,
+    Kernel,
+    Product,
+    Weights,
+    check_rows,
+)
 from kernelgen.targets.c.compiler import find_compiler, library
+
+Operands = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ class CRuntime:
         self.program(kernel)(w.data, ids, y, *y.shape)
         return y
 
-    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+    def quantize(self, kernel: Kernel, x: Array, operands: Operands = NONE) -> Activations:
         """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
         fmt = kernel.format
         x = np.ascontiguousarray(x, np.float32)
@@ -199,7 +209,7 @@ class CRuntime:
         q = np.empty((m, k), np.int8)
         scale = np.empty((m, k // fmt.block), np.float32)
         sums = np.empty((m, k // fmt.group), np.float32)
-        self.program(kernel)(x, q, scale, sums, m, k)
+        self.program(kernel)(x, q, scale, sums, *operands.values(), m, k)
         return Activations(q, scale, sums)
 
     def prepare(self, kernel: Kernel, w: Weights) -> Array:
@@ -224,13 +234,16 @@ class CRuntime:
         program(w.data, tiles, n, k)
         return tiles
 
-    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
-        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+    def matmul(self, kernel: Kernel) -> Product:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills, and of
+        operands by name."""
         program = self.program(kernel)
         function, prepare = program.function, self.prepare
-        if not any(a.role == "scratch" for a in kernel.arguments):
+        if kernel.fused.name:
+            return self._fused(kernel)
+        if not _has_scratch(kernel):
 
-            def run(x: Array, w: Weights, y: Array) -> None:
+            def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
                 (m, k), n = x.shape, w.shape[0]
                 function(_address(x), _address(prepare(kernel, w)), _address(y), m, n, k)
 
@@ -239,7 +252,7 @@ class CRuntime:
         program.size("scratch", 1, kernel.format.block)  # sets the types of what follows
         scratch_bytes = getattr(program.library, f"{kernel.entry}_scratch")
 
-        def run_with_scratch(x: Array, w: Weights, y: Array) -> None:
+        def run_with_scratch(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
             (m, k), n = x.shape, w.shape[0]
             scratch = np.empty(scratch_bytes(m, k), np.uint8)
             function(
@@ -247,6 +260,22 @@ class CRuntime:
             )
 
         return run_with_scratch
+
+    def _fused(self, kernel: Kernel) -> Product:
+        """The same for a kernel that takes operands."""
+        program = self.program(kernel)
+        names = [a.name for a in kernel.arguments if a.role == "in" and a.name not in ("x", "w")]
+        gated = any(a.name == NY for a in kernel.arguments)
+
+        def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
+            (m, k), n = x.shape, w.shape[0]
+            arrays = [x, self.prepare(kernel, w), y]
+            if _has_scratch(kernel):
+                arrays.append(np.empty(program.size("scratch", m, k), np.uint8))
+            arrays += [operands[name] for name in names]
+            program.function(*map(_address, arrays), m, n, k, *([y.shape[1]] if gated else []))
+
+        return run
 
     def attention(
         self, kernel: Kernel
@@ -268,6 +297,10 @@ class CRuntime:
             made = CProgram(library(kernel, self.isa.flags), kernel)
             program = self._programs.setdefault(kernel.hash, made)
         return program
+
+
+def _has_scratch(kernel: Kernel) -> bool:
+    return any(a.role == "scratch" for a in kernel.arguments)
 
 
 def attention_arguments(

@@ -114,6 +114,11 @@ class CudaWords:
         ]
         return "\n".join(lines)
 
+    def function(self, name: str, parameters: tuple[str, ...]) -> str:
+        """The head of a function of f32."""
+        listed = ", ".join(f"float {one}" for one in parameters)
+        return f"static __device__ __forceinline__ float {name}({listed}) {{"
+
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
         return f"const {TYPES[dtype]} {name} = {value};"

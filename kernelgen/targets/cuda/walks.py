@@ -166,6 +166,7 @@ def _matmul(op: str, precision: str) -> Walk:
         needs=lambda config: (first,),
         style="mma",
         fits=functools.partial(_fits, precision),
+        apart=8,
     )
 
 
@@ -195,6 +196,7 @@ def _cast(precision: str) -> Walk:
         steps=_steps,
         launch=_cast_launch,
         style="mma",
+        norms=True,
     )
 
 
@@ -318,6 +320,7 @@ def _matmul_hopper(precision: str) -> Walk:
         needs=lambda config: ("cast",),
         style="wgmma",
         fits=functools.partial(_fits_hopper, precision),
+        apart=8,
     )
 
 

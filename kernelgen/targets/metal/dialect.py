@@ -125,6 +125,10 @@ class MetalWords:
         ]
         return "\n".join(lines)
 
+    def function(self, name: str, parameters: tuple[str, ...]) -> str:
+        """The head of a function of f32."""
+        return f"static inline float {name}({', '.join(f'float {one}' for one in parameters)}) {{"
+
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
         return f"const {_TYPES[dtype]} {name} = {value};"

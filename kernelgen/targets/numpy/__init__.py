@@ -73,6 +73,7 @@ def _matmul(op: str, precision: str) -> Walk:
         symbols=_SYMBOLS,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
         steps=array_steps,
+        norms=True,
     )
 
 
@@ -148,6 +149,7 @@ TARGET = Target(
                 Argument("sums", "result", "f32", ("M", "GROUPS")),
             ),
             symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=array_steps,
+            norms=True,
         ),
         _matmul("matvec", "int8"),
         _matmul("matvec", "fp32"),

@@ -14,7 +14,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.attention import arrays
-from kernelgen.targets.base import Array, Kernel, Weights
+from kernelgen.targets.base import NONE, Array, Kernel, Product, Weights
 
 
 class NumpyRuntime:
@@ -59,10 +59,12 @@ class NumpyRuntime:
         rows: Array = self.function(kernel)(w.data.reshape(-1, w.data.shape[-1]), ids)
         return rows
 
-    def quantize(self, kernel: Kernel, x: Array) -> Activations:
+    def quantize(
+        self, kernel: Kernel, x: Array, operands: Mapping[str, Array] = NONE
+    ) -> Activations:
         """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
         kernel.format.row_bytes(x.shape[1])
-        return Activations(*self.function(kernel)(x))
+        return Activations(*self.function(kernel)(x, *operands.values()))
 
     def prepare(self, kernel: Kernel, w: Weights) -> Array:
         """The native blocks."""
@@ -80,12 +82,14 @@ class NumpyRuntime:
 
         return run
 
-    def matmul(self, kernel: Kernel) -> Callable[[Array, Weights, Array], None]:
-        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills."""
+    def matmul(self, kernel: Kernel) -> Product:
+        """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills, and of
+        operands by name."""
         function = self.function(kernel)
+        names = [a.name for a in kernel.arguments if a.role == "in"][2:]
 
-        def run(x: Array, w: Weights, y: Array) -> None:
-            y[...] = function(x, w.data)
+        def run(x: Array, w: Weights, y: Array, operands: Mapping[str, Array] = NONE) -> None:
+            y[...] = function(x, w.data, *(operands[name] for name in names))
 
         return run
 

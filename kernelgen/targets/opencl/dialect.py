@@ -109,6 +109,10 @@ class OpenCLWords:
             ]
         return "\n".join(lines)
 
+    def function(self, name: str, parameters: tuple[str, ...]) -> str:
+        """The head of a function of f32."""
+        return f"static float {name}({', '.join(f'float {one}' for one in parameters)}) {{"
+
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
         return f"const {_TYPES[dtype]} {name} = {value};"

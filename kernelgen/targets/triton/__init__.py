@@ -200,6 +200,13 @@ def _product_launch(config: Config, fmt: BlockFormat) -> Launch:
     return Launch((f"-(-N // {n})", f"-(-M // {m})"), _threads(config))
 
 
+def _pairs(config: Config) -> str | None:
+    """Why a program has not both rows of a pair, or None."""
+    if isinstance(config, ProgramMatvecConfig) and config.rows % 2:
+        return "a program has one row of weights; rows must be even"
+    return None
+
+
 def _rows(op: str, count: str) -> Walk:
     def launch(config: Config, fmt: BlockFormat) -> Launch:
         assert isinstance(config, ProgramRowsConfig)
@@ -224,7 +231,7 @@ def _product(op: str, precision: str, template: str, config: type[Config]) -> Wa
         arguments=(_W, *inputs, result, *_sizes("M", "N", "K")), symbols=_SYMBOLS,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
         steps=_steps, launch=_product_launch,
-        needs=lambda config: ("quantize",) * (precision == "int8"),
+        needs=lambda config: ("quantize",) * (precision == "int8"), pairs=_pairs,
     )  # fmt: skip
 
 
@@ -239,7 +246,7 @@ TARGET = Target(
             name="absmax", op="quantize", precision="int8", template="quantize.py.j2",
             config=ProgramBlocksConfig, arguments=(_X, *_quantized("out"), *_sizes("M", "K")),
             symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=_steps,
-            launch=_quantize_launch,
+            launch=_quantize_launch, norms=True,
         ),
         _product("matvec", "int8", "matvec.py.j2", ProgramDotMatvecConfig),
         _product("matvec", "fp32", "matvec.py.j2", ProgramMatvecConfig),

@@ -131,6 +131,10 @@ class WgslWords:
         ]
         return "\n".join(lines)
 
+    def function(self, name: str, parameters: tuple[str, ...]) -> str:
+        """The head of a function of f32."""
+        return f"fn {name}({', '.join(f'{one}: f32' for one in parameters)}) -> f32 {{"
+
     def let(self, dtype: str, name: str, value: str) -> str:
         """A value that does not change."""
         return f"let {name}: {dtype} = {value};"
