@@ -90,6 +90,18 @@ INLINE u32v pairs(f32v a, f32v b) {
 // In each lane a number of a, and one of b above it, as bfloat16.
 INLINE u32v beside(f32v a, f32v b) { return rounded(a) >> 16 | (rounded(b) & 0xFFFF0000u); }
 
+// 2^x for x up to 0, and NaN, to within 8e-5 of it, of which bfloat16 sees nothing; 0 from -127 on.
+// The polynomial is the best of its degree by relative error on -1/2..1/2 (Lawson's iteration).
+INLINE f32v exp2_falling(f32v x) {
+    const f32v t = larger(splat_f32(-127.0f), x);
+    const f32v sum = t + (0x1.8p23f + 127.0f);  // its lowest bits are a float's exponent
+    const f32v r = t - (sum - (0x1.8p23f + 127.0f));
+    f32v y = r * 0.05517166853f + 0.24261114001f;
+    y = y * r + 0.69326096773f;
+    y = y * r + 0.99992805719f;
+    return y * (f32v)((u32v)sum << 23);
+}
+
 #endif
 
 // Lane n of the result is the largest lane of x[n]; NaN is none.
@@ -108,18 +120,6 @@ INLINE f32v tops_of(f32v x[LANES]) {
     UNROLL TOP_STEP(x, 8)
 #endif
     return x[0];
-}
-
-// 2^x for x up to 0, and NaN, to within 8e-5 of it, of which bfloat16 sees nothing; 0 from -127 on.
-// The polynomial is the best of its degree by relative error on -1/2..1/2 (Lawson's iteration).
-INLINE f32v exp2_falling(f32v x) {
-    const f32v t = larger(splat_f32(-127.0f), x);
-    const f32v sum = t + (0x1.8p23f + 127.0f);  // its lowest bits are a float's exponent
-    const f32v r = t - (sum - (0x1.8p23f + 127.0f));
-    f32v y = r * 0.05517166853f + 0.24261114001f;
-    y = y * r + 0.69326096773f;
-    y = y * r + 0.99992805719f;
-    return y * (f32v)((u32v)sum << 23);
 }
 
 #endif
