@@ -23,6 +23,9 @@ from kernelgen.tensor import QuantTensor
 
 Array = npt.NDArray[Any]
 
+#: in which attention is computed
+_PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
 _tracing = threading.local()
 
 
@@ -121,12 +124,12 @@ def _as_tensor(x: Array | QuantTensor, what: str) -> QuantTensor:
 
 @functools.lru_cache(maxsize=1024)
 def _runner(
-    target: str, kind: Attention, queries: int
+    target: str, kind: Attention, queries: int, precision: str
 ) -> Callable[[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array], None]:
     """The compiled kernel of a kind, ready to be called."""
     runtime: Runtime = api.runtime_of(target)
     manifest = target_list.get(target)
-    walk = manifest.serve("attention", kind, "fp32", runtime.capabilities())
+    walk = manifest.serve("attention", kind, precision, runtime.capabilities())
     config = walk.default(kind, runtime.capabilities(), queries)
     return runtime.attention(generate_walk(walk, kind, manifest, config))
 
@@ -163,7 +166,8 @@ def attention(
              softcap and alibi
     sinks    (H,): scores that take part in the softmax and add nothing
     target   default: the first of the machine's targets that can run
-    precision   "fp32" or "auto"
+    precision   "fp32", which "auto" is; "fp16" or "bf16": q, k, v and the weights of the softmax
+             are rounded where the target has such a kernel for this machine, float32 where not
 
     Functions are written with Python's operators and `kernelgen.ir` (where, equal, exp...), and
     may index arrays that `kernelgen.captured` wraps.  Returns (B, H, T, DV) of q's dtype; a query
@@ -173,8 +177,10 @@ def attention(
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
     keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
     ops.check_shapes(q.shape, keys.shape, values.shape)
-    if precision not in ("auto", "fp32"):
-        raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")
+    if precision not in _PRECISIONS:
+        raise TargetError(
+            f"attention in {precision} was asked for; allowed are {', '.join(_PRECISIONS)}"
+        )
     shape = (*q.shape[:3], keys.shape[2])
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
@@ -204,7 +210,8 @@ def attention(
             raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
-        run = _runner(target or api.default_target(), kind, shape[2])
+        chosen = "fp32" if precision == "auto" else precision
+        run = _runner(target or api.default_target(), kind, shape[2], chosen)
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 

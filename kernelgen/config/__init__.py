@@ -39,5 +39,6 @@ __all__ = [
     "FragmentRowsConfig", "FragmentTileConfig", "HalfTileConfig", "MatvecConfig", "NoConfig",
     "ProgramBlocksConfig", "ProgramConfig", "ProgramDotMatvecConfig", "ProgramDotTileConfig",
     "ProgramHalfTileConfig", "ProgramMatvecConfig", "ProgramRowsConfig", "ProgramTileConfig",
-    "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "WarpMatvecConfig", "choice",
+    "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "WarpMatvecConfig",
+    "choice",
 ]  # fmt: skip

@@ -46,6 +46,11 @@ INLINE void tiles_end(void) { _tile_release(); }
 #define tile_dot_signed(c, a, b) _tile_dpbssd(c, a, b)
 #define tile_dot_mixed(c, a, b) _tile_dpbsud(c, a, b)
 
+// The nearest number of half precision.
+INLINE f32v nearest_half(f32v x) {
+    return (f32v)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 // The numbers of a, then those of b, as bfloat16, rounded to nearest.
 INLINE u32v pairs(f32v a, f32v b) {
     return (u32v)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);

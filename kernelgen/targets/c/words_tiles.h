@@ -78,6 +78,16 @@ INLINE u32v rounded(f32v x) {
     return blend_u32(x == x, bits + (((bits >> 16) & 1u) + 0x7FFFu), bits | 0x400000u);
 }
 
+// The nearest number of half precision: 11 bits, fewer below 2^-14; infinite from 65520 on.
+INLINE f32v nearest_half(f32v x) {
+    const u32v bits = (u32v)x, size = bits & 0x7FFFFFFFu;
+    const u32v normal = (size + (((size >> 13) & 1u) + 0xFFFu)) & ~0x1FFFu;
+    const f32v small = ((f32v)size + 0.5f) - 0.5f;  // a unit in the last place of 1/2 is 2^-24
+    const u32v finite = blend_u32((f32v)size < 0x1p-14f, (u32v)small, normal);
+    const u32v near = blend_u32((f32v)finite < 65520.0f, finite, splat_u32(0x7F800000u));
+    return (f32v)(blend_u32(x == x, near, size) | (bits & 0x80000000u));
+}
+
 // The numbers of a, then those of b, as bfloat16.
 INLINE u32v pairs(f32v a, f32v b) {
     const u32v x = rounded(a), y = rounded(b);
