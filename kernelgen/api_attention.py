@@ -32,6 +32,9 @@ from kernelgen.tuner.problems import AttentionProblem, row_bucket
 
 Array = npt.NDArray[Any]
 
+#: in which attention is computed
+_PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+
 _tracing = threading.local()
 
 
@@ -166,7 +169,7 @@ Shape = tuple[int, int, int, int, int]
 
 
 @once
-def _kernel(target: str, kind: Attention, shape: Shape) -> Kernel:
+def _kernel(target: str, kind: Attention, shape: Shape, precision: str) -> Kernel:
     """The kernel of a kind, in the configuration that the tuner's cache has for the shape."""
     runtime = runtime_of(target)
     reason = runtime.available()
@@ -176,32 +179,32 @@ def _kernel(target: str, kind: Attention, shape: Shape) -> Kernel:
         )
     manifest, caps = target_list.get(target), runtime.capabilities()
     plain = Attention(kind.head_dim, kind.k, kind.v, kind.value_dim)
-    problem = AttentionProblem(plain, *shape, precision="fp32")
+    problem = AttentionProblem(plain, *shape, precision=precision)
     choice = lookup.choose_for(manifest, runtime, problem)
     walk, config = choice.walk, choice.config
     if walk.accepts(kind) or walk.refuses(config, kind, caps):
         # what serves the plain kind does not fit this one
-        walk = manifest.serve("attention", kind, "fp32", caps)
+        walk = manifest.serve("attention", kind, precision, caps)
         config = walk.default(kind, caps, problem.rows)
     return generate_walk(walk, kind, manifest, config)
 
 
 @once
 def _runner(
-    target: str, kind: Attention, shape: Shape
+    target: str, kind: Attention, shape: Shape, precision: str
 ) -> Callable[[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array], None]:
     """The compiled kernel of a kind, ready to be called."""
-    return runtime_of(target).attention(_kernel(target, kind, shape))
+    return runtime_of(target).attention(_kernel(target, kind, shape, precision))
 
 
 @once
 def _runner_on_device(
-    target: str, kind: Attention, shape: Shape
+    target: str, kind: Attention, shape: Shape, precision: str
 ) -> Callable[[Any, Any, Any, Mapping[str, Array], Any], None]:
     """The same for q, y, and K and V where these are arrays, on the device."""
     runtime = runtime_of(target)
     assert isinstance(runtime, DeviceRuntime)
-    return resident.attention(runtime, _kernel(target, kind, shape))
+    return resident.attention(runtime, _kernel(target, kind, shape, precision))
 
 
 def _bucket(shape: tuple[int, ...], kv_heads: int) -> Shape:
@@ -258,7 +261,8 @@ def attention(
     pages    integers (B, P), with `lengths`: k and v are pools of pages, (pages, HK, page, D), and
              key s of batch b is in page pages[b, s // page]
     target   default: what serves the place where q lies; for numpy arrays the best device here
-    precision   "fp32" or "auto"
+    precision   "fp32", which "auto" is; "fp16" or "bf16": q, k, v and the weights of the softmax
+             are rounded where the target has such a kernel for this machine, float32 where not
     on_fallback   as in `kernelgen.matmul`
 
     Functions are written with Python's operators and `kernelgen.ir` (where, equal, exp...), and
@@ -272,8 +276,11 @@ def attention(
     keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
     held = _held(tuple(q.shape), keys.shape, values.shape, _plain(lengths), _plain(pages))
     page = keys.shape[2] if held and pages is not None else 0
-    if precision not in ("auto", "fp32"):
-        raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")
+    precision = "fp32" if precision == "auto" else precision
+    if precision not in ("fp32", "fp16", "bf16"):
+        raise TargetError(
+            f"attention in {precision} was asked for; fp32 (auto), fp16 and bf16 are allowed"
+        )
     shape = (*q.shape[:3], page * held["pages"].shape[1] if page else keys.shape[2])
     where = target or api.default_target(on_fallback)
     masks: list[Mask | None] = [ops.causal if causal else None]
@@ -305,10 +312,10 @@ def attention(
             raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
     sizes = _bucket(shape, keys.shape[1])
     if arrays_of.is_foreign(q):
-        return _run_there(where, kind, sizes, q, keys, values, arrays)
+        return _run_there(where, kind, sizes, precision, q, keys, values, arrays)
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
-        run = _runner(where, kind, sizes)
+        run = _runner(where, kind, sizes, precision)
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 
@@ -367,6 +374,7 @@ def _run_there(
     target: str,
     kind: Attention,
     shape: Shape,
+    precision: str,
     q: Any,
     k: Any,
     v: Any,
@@ -375,7 +383,8 @@ def _run_there(
     """The result beside q, on the device; nothing waits for it."""
     y = arrays_of.empty_like(q, (*q.shape[:3], kind.value_dim))
     k, v = (one.array if isinstance(one, _Lying) else one for one in (k, v))
-    _runner_on_device(target, kind, shape)(arrays_of.as_float32(q), k, v, operands, y)
+    run = _runner_on_device(target, kind, shape, precision)
+    run(arrays_of.as_float32(q), k, v, operands, y)
     return arrays_of.as_type_of(y, q)
 
 

@@ -32,11 +32,13 @@ from kernelgen.config.programs import (
     ProgramRowsConfig,
     ProgramTileConfig,
 )
+from kernelgen.config.tiles import TileAttentionConfig
 
 __all__ = [
     "BulkTileConfig", "Capabilities", "Config", "DotMatvecConfig", "DotTileConfig",
     "FragmentRowsConfig", "FragmentTileConfig", "HalfTileConfig", "MatvecConfig", "NoConfig",
     "ProgramBlocksConfig", "ProgramConfig", "ProgramDotMatvecConfig", "ProgramDotTileConfig",
     "ProgramHalfTileConfig", "ProgramMatvecConfig", "ProgramRowsConfig", "ProgramTileConfig",
-    "RowTileConfig", "ThreadsConfig", "TileConfig", "WarpMatvecConfig", "choice",
+    "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "WarpMatvecConfig",
+    "choice",
 ]  # fmt: skip

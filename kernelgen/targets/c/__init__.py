@@ -9,7 +9,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, const
 from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
-from kernelgen.targets.c.attention import WALK as ATTENTION
+from kernelgen.targets.c.attention import WALKS as ATTENTION
 from kernelgen.targets.c.attention import mentions
 from kernelgen.targets.c.dialect import LANES, RESULTS, ROWS, SCALAR
 from kernelgen.targets.printer import Printer
@@ -130,7 +130,7 @@ def _parameters_of(arguments: Iterable[Argument]) -> str:
 
 TARGET = Target(
     name="c",
-    description="C11 with SIMD words (AVX2, AVX-512, NEON, plain) and OpenMP",
+    description="C11 with SIMD words (AVX2, AVX-512, AMX, NEON, plain) and OpenMP",
     suffix=".c",
     walks=(
         Walk(
@@ -183,14 +183,14 @@ TARGET = Target(
             ),
             symbols=_SYMBOLS,
         ),
-        ATTENTION,
+        *ATTENTION,
     ),
     dialects={"scalar": SCALAR, "rows": ROWS, "lanes": LANES, "results": RESULTS},
     capabilities=Capabilities(lanes=8, registers=16),
     indexes=(("kernelgen.h.j2", "kernelgen.h"),),
     support_files=(
         "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
-        "words_flash.h",
+        "words_flash.h", "words_tiles.h", "words_amx.h",
     ),
     globals={
         "c_types": _C_TYPES, "element_type": _element_type, "mentions": mentions,
@@ -198,5 +198,6 @@ TARGET = Target(
         "table_type": _table_type,
     },
     reserved=_RESERVED,
-    variants=("avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
+    feature_names={"matrix": "amx_bf16"},
+    variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
 )  # fmt: skip

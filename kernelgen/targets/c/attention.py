@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kernelgen.config import Config
 from kernelgen.config.attention import CAttentionConfig
+from kernelgen.config.tiles import TileAttentionConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, Field, cast, load, transform, var
 from kernelgen.ir.expr import walk as nodes_of
@@ -124,25 +125,52 @@ def _applies(kind: Attention) -> str | None:
     return None
 
 
-WALK = Walk(
-    name="key_tiles",
-    op="attention",
-    kind=Attention,
-    precision="fp32",
-    template="attention.c.j2",
-    config=CAttentionConfig,
-    arguments=(
-        Argument("q", "in", "f32", ("B", "H", "T", "head_dim")),
-        Argument("k", "in", "u8", ("B", "HK", "S", "K_ROW_BYTES")),
-        Argument("v", "in", "u8", ("B", "HK", "S", "V_ROW_BYTES")),
-        Argument("y", "out", "f32", ("B", "H", "T", "value_dim")),
-        *(Argument(name, "size", "i64") for name in ("B", "H", "HK", "T", "S")),
+_ARGUMENTS = (
+    Argument("q", "in", "f32", ("B", "H", "T", "head_dim")),
+    Argument("k", "in", "u8", ("B", "HK", "S", "K_ROW_BYTES")),
+    Argument("v", "in", "u8", ("B", "HK", "S", "V_ROW_BYTES")),
+    Argument("y", "out", "f32", ("B", "H", "T", "value_dim")),
+    *(Argument(name, "size", "i64") for name in ("B", "H", "HK", "T", "S")),
+)
+_SYMBOLS = {
+    "K_ROW_BYTES": "head_dim / block * block_bytes of K's format",
+    "V_ROW_BYTES": "value_dim / block * block_bytes of V's format",
+}
+
+
+def _tiles(precision: str) -> Walk:
+    """Attention on matrix units, in bfloat16 or in sums of two or three such."""
+    return Walk(
+        name=f"key_tiles_{precision}",
+        op="attention",
+        kind=Attention,
+        precision=precision,
+        template="attention_tiles.c.j2",
+        config=TileAttentionConfig,
+        arguments=_ARGUMENTS,
+        symbols=_SYMBOLS,
+        features=("matrix",),
+        applies=_applies,
+        steps=attention_steps,
+        operands=operand_arguments,
+        style="tiles",
+    )
+
+
+#: the first that a CPU can run serves
+WALKS = (
+    *(_tiles(precision) for precision in ("bf16", "fp16", "fp32")),
+    Walk(
+        name="key_tiles",
+        op="attention",
+        kind=Attention,
+        precision="fp32",
+        template="attention.c.j2",
+        config=CAttentionConfig,
+        arguments=_ARGUMENTS,
+        symbols=_SYMBOLS,
+        applies=_applies,
+        steps=attention_steps,
+        operands=operand_arguments,
     ),
-    symbols={
-        "K_ROW_BYTES": "head_dim / block * block_bytes of K's format",
-        "V_ROW_BYTES": "value_dim / block * block_bytes of V's format",
-    },
-    applies=_applies,
-    steps=attention_steps,
-    operands=operand_arguments,
 )

@@ -58,9 +58,12 @@ _AVX2, _WITH_AVX2 = "avx2 fma f16c", "-mavx2 -mfma -mf16c"
 _AVX512 = f"avx512f avx512bw avx512vl avx512dq {_AVX2}"
 _VNNI = f"{_AVX512} avx512_vnni"
 _WITH_AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {_WITH_AVX2}"
+_AMX = f"{_VNNI} avx512_bf16 amx_tile amx_int8 amx_bf16"
+_WITH_AMX = f"{_WITH_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16"
 
 #: best first; features are spelt as Linux spells them
 ISAS = (
+    _isa("amx", _X86, _AMX, _WITH_AMX, 16, 32, "dot matrix"),
     _isa("avx512vnni", _X86, _VNNI, f"{_WITH_AVX512} -mavx512vnni", 16, 32, "dot"),
     _isa("avx512", _X86, _AVX512, _WITH_AVX512, 16, 32),
     _isa("avxvnni", _X86, f"{_AVX2} avx_vnni", f"{_WITH_AVX2} -mavxvnni", 8, 16, "dot"),
@@ -88,13 +91,27 @@ def cpu_features() -> frozenset[str]:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             if key.strip() in ("flags", "Features"):
-                return frozenset(value.split())
+                found = frozenset(value.split())
+                return found if "amx_tile" not in found or _may_use_tiles() else found - _TILES
     if sys.platform == "darwin":
         asked = {"asimd": "hw.optional.neon", "asimddp": "hw.optional.arm.FEAT_DotProd",
                  "avx2": "hw.optional.avx2_0", "fma": "hw.optional.fma",
                  "f16c": "hw.optional.f16c"}  # fmt: skip
         return frozenset(name for name, key in asked.items() if _sysctl(key) == "1")
     return frozenset()
+
+
+_TILES = frozenset(("amx_tile", "amx_int8", "amx_bf16"))
+
+
+def _may_use_tiles() -> bool:
+    """Whether the system lets this process use the tile registers of AMX, which must be asked for
+    (Documentation/arch/x86/xstate.rst of Linux)."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 def _sysctl(key: str) -> str:
