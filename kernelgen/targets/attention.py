@@ -32,6 +32,12 @@ def arrays(kind: Attention) -> tuple[Argument, ...]:
     found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
     if kind.sinks:
         found.append(Argument("sinks", "in", "f32", ("H",)))
+    return (*found, *held(kind))
+
+
+def held(kind: Attention) -> tuple[Argument, ...]:
+    """What K and V hold, where that is not all there is room for."""
+    found = []
     if kind.lengths:
         found.append(Argument("lengths", "in", "i32", ("B",)))
     if kind.page:

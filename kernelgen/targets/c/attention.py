@@ -15,6 +15,7 @@ from kernelgen.ir.ops.attention import Attention, Operand, reads
 from kernelgen.ir.rules import simplify
 from kernelgen.ir.steps import ScalarSteps, scalar_steps
 from kernelgen.ir.truth import Truth
+from kernelgen.targets.attention import held, paged
 from kernelgen.targets.base import Argument, Walk
 from kernelgen.targets.c.dialect import LANE
 
@@ -94,9 +95,12 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
 def operand_arguments(kind: Attention) -> tuple[Argument, ...]:
     """What score and mask read, and the strides of it."""
     return (
+        *paged(kind),
         *(Argument("sinks", "in", "f32", ("H",)) for _ in range(kind.sinks)),
         *(Argument(one.name, "in", one.dtype, _elements(one)) for one in kind.operands),
+        *held(kind),
         *(Argument(s, "size", "i64") for one in kind.operands for s in one.strides),
+        *(Argument("PAGES", "size", "i64") for _ in range(kind.page > 0)),
     )
 
 
@@ -117,8 +121,6 @@ _TAKEN = frozenset("q k v y B H HK T S PAGES lengths pages sinks".split())
 
 def _applies(kind: Attention) -> str | None:
     """Operands are parameters, beside those that are always there."""
-    if kind.lengths:
-        return "lengths are not there yet"
     taken = sorted(_TAKEN.intersection(one.name for one in kind.operands))
     if taken:
         return f"an operand is called {taken[0]}, as the kernel calls one of its own arguments"

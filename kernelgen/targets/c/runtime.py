@@ -20,7 +20,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops import Activations
-from kernelgen.targets.attention import strides
+from kernelgen.targets.attention import held, strides
 from kernelgen.targets.base import (
     NONE,
     NY,
@@ -326,8 +326,11 @@ def attention_arguments(
     """The arrays that come after q, k, v and y, and the sizes, in the kernel's order: of a kernel
     whose subject, an `Attention`, is `kind`."""
     names = [*(["sinks"] if kind.sinks else []), *(one.name for one in kind.operands)]
-    sizes = [*q.shape[:2], k.shape[1], q.shape[2], k.shape[2]]
-    return [operands[name] for name in names], [*sizes, *strides(kind, operands).values()]
+    names += [one.name for one in held(kind)]
+    pages = [operands["pages"].shape[1]] if kind.page else []
+    room = kind.page * pages[0] if pages else k.shape[2]
+    sizes = [*q.shape[:2], k.shape[1], q.shape[2], room]
+    return [operands[name] for name in names], [*sizes, *strides(kind, operands).values(), *pages]
 
 
 def _aligned(size: int) -> Array:
