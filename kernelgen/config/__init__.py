@@ -32,13 +32,13 @@ from kernelgen.config.programs import (
     ProgramRowsConfig,
     ProgramTileConfig,
 )
-from kernelgen.config.tiles import TileAttentionConfig
+from kernelgen.config.tiles import TileAttentionConfig, TileMatmulConfig
 
 __all__ = [
     "BulkTileConfig", "Capabilities", "Config", "DotMatvecConfig", "DotTileConfig",
     "FragmentRowsConfig", "FragmentTileConfig", "HalfTileConfig", "MatvecConfig", "NoConfig",
     "ProgramBlocksConfig", "ProgramConfig", "ProgramDotMatvecConfig", "ProgramDotTileConfig",
     "ProgramHalfTileConfig", "ProgramMatvecConfig", "ProgramRowsConfig", "ProgramTileConfig",
-    "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "WarpMatvecConfig",
-    "choice",
+    "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "TileMatmulConfig",
+    "WarpMatvecConfig", "choice",
 ]  # fmt: skip

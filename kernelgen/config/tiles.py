@@ -30,3 +30,18 @@ class TileAttentionConfig(Config):
         if self.rows > self.queries:
             return f"{self.rows} rows at once; a thread has {self.queries}"
         return None
+
+
+@dataclass(frozen=True)
+class TileMatmulConfig(Config):
+    """Two tiles of 16 rows of weights against tiles of 16 rows of activations.
+
+    rows      of activations that meet what is decoded of the weights before it is decoded again;
+              their sums, 128 bytes each, are to fit a core's cache
+    depth     elements of a row of weights that are decoded at a time, or one block if that is more
+    layout    weights are repacked once with `prepare`
+    """
+
+    rows: int = choice(256, 32, 64, 128, 256, 512)
+    depth: int = choice(256, 64, 128, 256, 512)
+    layout: str = choice("interleaved", "interleaved")

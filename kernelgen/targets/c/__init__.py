@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig
+from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig, TileMatmulConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, const
 from kernelgen.ir.steps import Steps, steps
@@ -64,26 +64,30 @@ def _integer_codes(fmt: BlockFormat) -> str | None:
     return None
 
 
-def _matmul(op: str, precision: str) -> Walk:
+def _matmul(op: str, precision: str, style: str = "") -> Walk:
+    """Rows of weights in the lanes of vectors, or, in style "tiles", on matrix units."""
+    tiles = style == "tiles"
     scratch = (Argument("scratch", "scratch", "u8", ("SCRATCH_BYTES",)),)
     return Walk(
-        name=f"row_tiles_{precision}",
+        name=f"{style or 'row_tiles'}_{precision}",
         op=op,
         precision=precision,
-        template=f"matmul_{precision}.c.j2",
-        config=RowTileConfig,
+        template=f"matmul_{'tiles_' * tiles}{precision}.c.j2",
+        config=TileMatmulConfig if tiles else RowTileConfig,
         arguments=(
             Argument("x", "in", "f32", ("M", "K")),
             _WEIGHTS,
             Argument("y", "out", "f32", ("M", "N")),
-            *(scratch if precision == "int8" else ()),
+            *(scratch if tiles or precision == "int8" else ()),
             *_SIZES,
         ),
         symbols=_SYMBOLS,
+        features=("matrix",) * tiles,
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
         norms=precision == "int8",
+        style=style,
     )
 
 
@@ -171,6 +175,8 @@ TARGET = Target(
         ),
         _matmul("matvec", "int8"),
         _matmul("matvec", "fp32"),
+        _matmul("matmul", "int8", "tiles"),
+        _matmul("matmul", "bf16", "tiles"),
         _matmul("matmul", "int8"),
         _matmul("matmul", "fp32"),
         Walk(

@@ -12,8 +12,7 @@ INLINE void tiles_allowed(void) {
 #endif
 }
 
-// Before and after a thread uses tiles.
-INLINE void tiles_begin(void) {
+INLINE void tiles_begin(int depth) {
     struct {
         uint8_t palette, row, none[14];
         uint16_t bytes[16];
@@ -21,7 +20,10 @@ INLINE void tiles_begin(void) {
     } shapes;
     memset(&shapes, 0, sizeof shapes);
     shapes.palette = 1;
-    for (int t = 0; t < 8; t++) shapes.bytes[t] = TILE_STRIDE, shapes.rows[t] = TILE;
+    for (int t = 0; t < 8; t++) {
+        shapes.bytes[t] = (uint16_t)(t == 4 || t == 5 ? 4 * depth : TILE_STRIDE);
+        shapes.rows[t] = (uint8_t)(t < 6 ? TILE : depth);
+    }
     _tile_loadconfig(&shapes);
 }
 INLINE void tiles_end(void) { _tile_release(); }
@@ -43,8 +45,7 @@ INLINE void tiles_end(void) { _tile_release(); }
         TILE_MEMORY                          \
     } while (0)
 #define tile_dot_bf16(c, a, b) _tile_dpbf16ps(c, a, b)
-#define tile_dot_signed(c, a, b) _tile_dpbssd(c, a, b)
-#define tile_dot_mixed(c, a, b) _tile_dpbsud(c, a, b)
+#define tile_dot_int8(c, a, b) _tile_dpbssd(c, a, b)
 
 // The nearest number of half precision.
 INLINE f32v nearest_half(f32v x) {

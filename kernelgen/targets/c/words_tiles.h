@@ -1,10 +1,11 @@
-// Words for matrix units that multiply tiles: registers of 16 rows of 64 bytes, numbered 0..7.
-// Where the compiler was told of no such unit, plain C computes the same.
+// Words for matrix units that multiply tiles, which are registers of 16 rows of 64 bytes.  Where the
+// compiler was told of no such unit, plain C computes the same.
 //
+//   tiles_begin(depth)      before a thread uses tiles: 0..3 hold sums, 4 and 5 (a) have rows of
+//                           `depth` words, 6 and 7 (b) have `depth` rows; tiles_end() after it
 //   tile_zero(t), tile_load(t, from, stride), tile_store(t, to, stride)    stride in bytes
-//   tile_dot_bf16(c, a, b)    c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]    float32
-//   tile_dot_signed(c, a, b)  c[m][n] += sum over i of a[m][4k+i] b[k][4n+i]   int32, bytes signed
-//   tile_dot_mixed(c, a, b)   the same where the bytes of b are unsigned
+//   tile_dot_bf16(c, a, b)  c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]    float32
+//   tile_dot_int8(c, a, b)  c[m][n] += sum over i = 0..3 of a[m][4k+i] b[k][4n+i]   int32
 //
 // A column of b so holds 2 or 4 numbers side by side that follow one another along the sum.
 #ifndef KERNELGEN_WORDS_TILES_H
@@ -24,15 +25,17 @@ INLINE f32v upper(f32v x) { return (f32v)((u32v)x & 0xFFFF0000u); }
 // ---- plain C --------------------------------------------------------------------------------
 
 static _Thread_local uint8_t tile_registers[8][TILE_BYTES];
+static _Thread_local int tile_depth;
 
-INLINE void tiles_begin(void) {}
+INLINE void tiles_begin(int depth) { tile_depth = depth; }
 INLINE void tiles_end(void) {}
 INLINE void tiles_allowed(void) {}
 
 INLINE void tile_zero(int t) { memset(tile_registers[t], 0, TILE_BYTES); }
 INLINE void tile_load(int t, const void *from, ptrdiff_t stride) {
-    for (int m = 0; m < TILE; m++)
-        memcpy(tile_registers[t] + m * TILE_STRIDE, (const uint8_t *)from + m * stride, TILE_STRIDE);
+    const int rows = t < 6 ? TILE : tile_depth, bytes = t == 4 || t == 5 ? 4 * tile_depth : TILE_STRIDE;
+    for (int m = 0; m < rows; m++)
+        memcpy(tile_registers[t] + m * TILE_STRIDE, (const uint8_t *)from + m * stride, (size_t)bytes);
 }
 INLINE void tile_store(int t, void *to, ptrdiff_t stride) {
     for (int m = 0; m < TILE; m++)
@@ -45,7 +48,7 @@ INLINE void tile_dot_bf16(int c, int a, int b) {
         float sum[TILE];
         memcpy(left, tile_registers[a] + m * TILE_STRIDE, sizeof left);
         memcpy(sum, tile_registers[c] + m * TILE_STRIDE, sizeof sum);
-        for (int k = 0; k < TILE; k++)
+        for (int k = 0; k < tile_depth; k++)
             for (int n = 0; n < TILE; n++) {
                 const uint32_t right = load_u32(tile_registers[b] + k * TILE_STRIDE + 4 * n);
                 sum[n] += bits_to_f32(left[k] << 16) * bits_to_f32(right << 16)
@@ -55,22 +58,19 @@ INLINE void tile_dot_bf16(int c, int a, int b) {
     }
 }
 
-#define TILE_DOT(name, type)                                                             \
-    INLINE void name(int c, int a, int b) {                                              \
-        for (int m = 0; m < TILE; m++) {                                                 \
-            const int8_t *left = (const int8_t *)tile_registers[a] + m * TILE_STRIDE;    \
-            int32_t sum[TILE];                                                           \
-            memcpy(sum, tile_registers[c] + m * TILE_STRIDE, sizeof sum);                \
-            for (int k = 0; k < TILE; k++)                                               \
-                for (int n = 0; n < TILE; n++) {                                         \
-                    const type *right = (const type *)tile_registers[b] + k * TILE_STRIDE; \
-                    for (int i = 0; i < 4; i++) sum[n] += left[4 * k + i] * right[4 * n + i]; \
-                }                                                                        \
-            memcpy(tile_registers[c] + m * TILE_STRIDE, sum, sizeof sum);                \
-        }                                                                                \
+INLINE void tile_dot_int8(int c, int a, int b) {
+    for (int m = 0; m < TILE; m++) {
+        const int8_t *left = (const int8_t *)tile_registers[a] + m * TILE_STRIDE;
+        int32_t sum[TILE];
+        memcpy(sum, tile_registers[c] + m * TILE_STRIDE, sizeof sum);
+        for (int k = 0; k < tile_depth; k++)
+            for (int n = 0; n < TILE; n++) {
+                const int8_t *right = (const int8_t *)tile_registers[b] + k * TILE_STRIDE + 4 * n;
+                for (int i = 0; i < 4; i++) sum[n] += left[4 * k + i] * right[i];
+            }
+        memcpy(tile_registers[c] + m * TILE_STRIDE, sum, sizeof sum);
     }
-TILE_DOT(tile_dot_signed, int8_t)
-TILE_DOT(tile_dot_mixed, uint8_t)
+}
 
 // The nearest bfloat16, to even where two are as near, in the upper half; what is no number stays.
 INLINE u32v rounded(f32v x) {
