@@ -18,13 +18,13 @@ import pytest
 import kernelgen
 from kernelgen import api, api_attention, dispatch, targets
 from kernelgen.errors import ConfigError, FallbackError, TargetError
+from kernelgen.ir import BlockFormat, formats, where
 from kernelgen.targets.base import EMULATED
 from kernelgen.targets.c import compiler
 from kernelgen.targets.c.runtime import CRuntime, native_isa
 from kernelgen.targets.opencl import runtime as opencl_runtime
 from kernelgen.tensor import QuantTensor
 from tests import fake_cupy
-from tests.made_up import THREE_BITS
 
 RNG = np.random.default_rng(3)
 CPU, CUDA, METAL, ROCM, ONEAPI = 1, 2, 8, 10, 14
@@ -167,12 +167,15 @@ def test_a_precision_that_is_not_there_is_a_fallback(caplog: pytest.LogCaptureFi
 
 
 def test_decode_lane_by_lane_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A format whose codes straddle bytes has no packed decode."""
-    monkeypatch.setattr(kernelgen.ir.formats, "_by_name", dict(kernelgen.ir.formats._by_name))
-    fmt = kernelgen.register_format(THREE_BITS)
-    w = kernelgen.quantize(RNG.standard_normal((4, 2 * fmt.block)), fmt)
-    x = np.ones((1, 2 * fmt.block), np.float32)
-    with pytest.raises(FallbackError, match=r"decoded lane by lane: .*several times slower"):
+    """Neighbouring codes of this format are not decoded alike."""
+    monkeypatch.setattr(formats, "_by_name", dict(formats._by_name))
+    fmt = BlockFormat(
+        name="unlike", block=32, group=32, nbytes=34, fields={"d": "f16", "qs": "u8[32]"},
+        code=lambda b, i: b.qs[i] & where(i % 2 < 1, 15, 7), scale=lambda b, g: b.d,
+    )  # fmt: skip
+    w = QuantTensor(kernelgen.register_format(fmt), (4, 64), np.ones((4, 68), np.uint8))
+    x = np.ones((1, 64), np.float32)
+    with pytest.raises(FallbackError, match=r"decoded lane by lane: .*slower than packed"):
         kernelgen.matmul(x, w, target="c", on_fallback="error")
 
 
@@ -308,7 +311,8 @@ def test_no_vulkan_device() -> None:
 from kernelgen import targets
 print("said:", targets.get("wgsl").runtime().available())
 """
-    said = elsewhere(code, VK_DRIVER_FILES="/nowhere.json", VK_ICD_FILENAMES="/nowhere.json")
+    nowhere = dict.fromkeys(("VK_DRIVER_FILES", "VK_ICD_FILENAMES"), "/nowhere.json")
+    said = elsewhere(code, WGPU_BACKEND_TYPE="Vulkan", **nowhere)
     assert "said: no WebGPU adapter was found" in said and "Vulkan driver" in said
 
 
