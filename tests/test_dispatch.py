@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -14,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import kernelgen
-from kernelgen import api, api_attention, dispatch, targets
+from kernelgen import api, api_attention, cli, dispatch, targets
 from kernelgen.errors import ConfigError, FallbackError, TargetError
 from kernelgen.ir import BlockFormat, formats, where
 from kernelgen.targets.base import EMULATED
@@ -177,6 +179,37 @@ def test_decode_lane_by_lane_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> N
     x = np.ones((1, 64), np.float32)
     with pytest.raises(FallbackError, match=r"decoded lane by lane: .*slower than packed"):
         kernelgen.matmul(x, w, target="c", on_fallback="error")
+
+
+def test_the_command_line_says_what_serves(machine: Callable[[Machine], None]) -> None:
+    machine(Machine(cuda=NO_DRIVER))
+    said = run("devices").splitlines()
+    assert said[0].startswith("numpy arrays: target c, ")
+    assert said[1] == "  fallback from cuda: its driver is missing"
+    assert said[2].startswith("  not metal: nothing on this machine")
+    by_name = {one["target"]: one for one in json.loads(run("devices", "--json"))}
+    assert by_name["c"]["serves"]["default"] and not by_name["numpy"]["serves"]["default"]
+    assert by_name["cuda"]["serves"] == {
+        "default": False, "why": "its driver is missing", "fallback": True
+    }  # fmt: skip
+
+
+def test_explain_says_which_target_and_what_falls_back(machine: Callable[[Machine], None]) -> None:
+    machine(Machine(cuda=NO_DRIVER))
+    said = run("explain", "matmul", "q4_0", "--shape", "1x64x64", "--precision", "fp16")
+    assert "target    c: " in said and "fallback from cuda: its driver is missing" in said
+    assert "  fallback  matvec of q4_0 in fp16: target c has no walk for it" in said
+    found = json.loads(run("explain", "matmul", "q4_0", "--shape", "1x64x64", "--json"))
+    assert found["dispatch"]["target"] == "c" and found["fallbacks"] == []
+    named = json.loads(run("explain", "matmul", "q4_0", "--target", "numpy", "--json"))
+    assert named["dispatch"] is None
+
+
+def run(*arguments: str) -> str:
+    """What a command prints."""
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 # ---- threads --------------------------------------------------------------------------------
