@@ -34,14 +34,22 @@ def is_foreign(x: object) -> bool:
 
 def kind_of(x: Any) -> int:
     """The kind of device on which an array of another library lies, as DLPack numbers them."""
-    if getattr(getattr(x, "device", None), "type", "") == "meta":
+    named = getattr(getattr(x, "device", None), "type", None)
+    if named == "cpu":  # asking DLPack costs a tensor ten times as much
+        return HOST_KINDS[0]
+    if named == "meta":
         raise ShapeError("a tensor on the meta device has no values; give one that has memory")
     return int(x.__dlpack_device__()[0])
 
 
 def dtype_name(x: Any) -> str:
     """The name of an array's element type, as "float32" or "bfloat16"."""
-    return str(x.dtype).rpartition(".")[2]
+    return _name(x.dtype)
+
+
+@functools.cache
+def _name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 @functools.cache
@@ -102,7 +110,7 @@ def _shared(x: Any) -> Array:
     """numpy's view of an array in the CPU's memory."""
     if isinstance(x, np.ndarray):
         return x
-    if hasattr(x, "detach"):  # a tensor, whose own way is half of what DLPack's exchange costs
+    if hasattr(x, "detach"):  # a tensor, which has a way of its own
         shared: Array = x.numpy()
         return shared
     return np.from_dlpack(x)
@@ -131,21 +139,19 @@ def give_back(y: Array, like: Any) -> Any:
     library, wanted = library_of(like), dtype_name(like)
     if y.dtype.kind == "f" and wanted in FLOATS and y.dtype.name != wanted:
         if wanted == "bfloat16":
-            given = library.from_dlpack(to_bfloat16(y).view(np.int16))
-            return _to_device(given, like, library).view(library.bfloat16)
+            bits = to_bfloat16(y).view(np.int16)
+            return _moved(bits, like, library).view(library.bfloat16)
         y = y.astype(wanted)
-    return _to_device(library.from_dlpack(y) if _on_host(like) else y, like, library)
+    return _moved(y, like, library)
 
 
-def _on_host(like: Any) -> bool:
-    return kind_of(like) in HOST_KINDS or hasattr(like, "to")
-
-
-def _to_device(y: Any, like: Any, library: Any) -> Any:
-    if kind_of(like) in HOST_KINDS:
-        return y
-    if hasattr(like, "to"):
-        return y.to(like.device)
+def _moved(y: Array, like: Any, library: Any) -> Any:
+    """A result as an array of a library, on the device of one of its arrays."""
+    here = kind_of(like) in HOST_KINDS
+    if here or hasattr(like, "to"):
+        # torch has a way of its own, which is quicker
+        made = getattr(library, "from_numpy", library.from_dlpack)(y)
+        return made if here else made.to(like.device)
     with like.device:  # cupy's current device
         return library.asarray(y)
 

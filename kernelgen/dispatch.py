@@ -242,7 +242,7 @@ def of_choice(
             )
         )
     for note in dict.fromkeys(kernel.notes):
-        what, cost = f"packed decode of {subject.name}", "several times slower than packed decode"
+        what, cost = f"packed decode of {subject.name}", "slower than packed decode"
         found.append(Fallback(what, f"on target {target.name} it is {note}", cost))
     return tuple(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -14,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import kernelgen
-from kernelgen import api, api_attention, dispatch, targets
+from kernelgen import api, api_attention, cli, dispatch, targets
 from kernelgen.errors import ConfigError, FallbackError, TargetError
+from kernelgen.ir import BlockFormat, formats, where
 from kernelgen.targets.base import EMULATED
 from kernelgen.targets.c import compiler
 from kernelgen.targets.c.runtime import CRuntime, native_isa
 from kernelgen.targets.opencl import runtime as opencl_runtime
 from kernelgen.tensor import QuantTensor
 from tests import fake_cupy
-from tests.made_up import THREE_BITS
 
 RNG = np.random.default_rng(3)
 CPU, CUDA, METAL, ROCM, ONEAPI = 1, 2, 8, 10, 14
@@ -167,13 +169,47 @@ def test_a_precision_that_is_not_there_is_a_fallback(caplog: pytest.LogCaptureFi
 
 
 def test_decode_lane_by_lane_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A format whose codes straddle bytes has no packed decode."""
-    monkeypatch.setattr(kernelgen.ir.formats, "_by_name", dict(kernelgen.ir.formats._by_name))
-    fmt = kernelgen.register_format(THREE_BITS)
-    w = kernelgen.quantize(RNG.standard_normal((4, 2 * fmt.block)), fmt)
-    x = np.ones((1, 2 * fmt.block), np.float32)
-    with pytest.raises(FallbackError, match=r"decoded lane by lane: .*several times slower"):
+    """Neighbouring codes of this format are not decoded alike."""
+    monkeypatch.setattr(formats, "_by_name", dict(formats._by_name))
+    fmt = BlockFormat(
+        name="unlike", block=32, group=32, nbytes=34, fields={"d": "f16", "qs": "u8[32]"},
+        code=lambda b, i: b.qs[i] & where(i % 2 < 1, 15, 7), scale=lambda b, g: b.d,
+    )  # fmt: skip
+    w = QuantTensor(kernelgen.register_format(fmt), (4, 64), np.ones((4, 68), np.uint8))
+    x = np.ones((1, 64), np.float32)
+    with pytest.raises(FallbackError, match=r"decoded lane by lane: .*slower than packed"):
         kernelgen.matmul(x, w, target="c", on_fallback="error")
+
+
+def test_the_command_line_says_what_serves(machine: Callable[[Machine], None]) -> None:
+    machine(Machine(cuda=NO_DRIVER))
+    said = run("devices").splitlines()
+    assert said[0].startswith("numpy arrays: target c, ")
+    assert said[1] == "  fallback from cuda: its driver is missing"
+    assert said[2].startswith("  not metal: nothing on this machine")
+    by_name = {one["target"]: one for one in json.loads(run("devices", "--json"))}
+    assert by_name["c"]["serves"]["default"] and not by_name["numpy"]["serves"]["default"]
+    assert by_name["cuda"]["serves"] == {
+        "default": False, "why": "its driver is missing", "fallback": True
+    }  # fmt: skip
+
+
+def test_explain_says_which_target_and_what_falls_back(machine: Callable[[Machine], None]) -> None:
+    machine(Machine(cuda=NO_DRIVER))
+    said = run("explain", "matmul", "q4_0", "--shape", "1x64x64", "--precision", "fp16")
+    assert "target    c: " in said and "fallback from cuda: its driver is missing" in said
+    assert "  fallback  matvec of q4_0 in fp16: target c has no walk for it" in said
+    found = json.loads(run("explain", "matmul", "q4_0", "--shape", "1x64x64", "--json"))
+    assert found["dispatch"]["target"] == "c" and found["fallbacks"] == []
+    named = json.loads(run("explain", "matmul", "q4_0", "--target", "numpy", "--json"))
+    assert named["dispatch"] is None
+
+
+def run(*arguments: str) -> str:
+    """What a command prints."""
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 # ---- threads --------------------------------------------------------------------------------
@@ -308,7 +344,8 @@ def test_no_vulkan_device() -> None:
 from kernelgen import targets
 print("said:", targets.get("wgsl").runtime().available())
 """
-    said = elsewhere(code, VK_DRIVER_FILES="/nowhere.json", VK_ICD_FILENAMES="/nowhere.json")
+    nowhere = dict.fromkeys(("VK_DRIVER_FILES", "VK_ICD_FILENAMES"), "/nowhere.json")
+    said = elsewhere(code, WGPU_BACKEND_TYPE="Vulkan", **nowhere)
     assert "said: no WebGPU adapter was found" in said and "Vulkan driver" in said
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,34 @@ def test_the_operators_keep_torchs_contract(layer: Any) -> None:
     q = torch.randn(1, 2, 3, 32)
     kept = torch.library.opcheck(torch.ops.kernelgen.attention.default, (q, q, q, None, True, None))
     assert set(kept.values()) == {"SUCCESS"}
+
+
+def test_modes_and_tracing_see_the_operator(layer: Any) -> None:
+    """A plain call goes past torch's dispatcher; not where somebody listens there."""
+    called: list[str] = []
+
+    class Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            called.append(str(func))
+            return func(*args, **kwargs or {})
+
+    class Function(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            called.append(str(func))
+            return func(*args, **kwargs or {})
+
+    x = torch.randn(2, 512)
+    with torch.no_grad():
+        plain = layer(x)
+        for mode in (Dispatch, Function):
+            called.clear()
+            with mode():
+                torch.testing.assert_close(layer(x), plain, rtol=0, atol=0)
+            assert any("kernelgen.matmul" in one for one in called), mode
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            traced = torch.jit.trace(layer, (x,))
+        torch.testing.assert_close(traced(x + 1), layer(x + 1), rtol=0, atol=0)
 
 
 def test_a_tensor_is_weights_too() -> None:

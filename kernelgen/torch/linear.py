@@ -13,6 +13,7 @@ from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import choose_precision
 from kernelgen.tensor import QuantTensor, quantize
+from kernelgen.torch.ops import apply
 
 
 class QuantLinear(torch.nn.Module):  # type: ignore[misc]
@@ -96,9 +97,7 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         """(..., K) to (..., N)."""
-        y = torch.ops.kernelgen.matmul(
-            x, self.blocks, self.quant_format.name, self.in_features, self.precision
-        )
+        y = apply(x, self.blocks, self.quant_format.name, self.in_features, self.precision)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property

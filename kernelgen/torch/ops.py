@@ -60,6 +60,28 @@ def _matmul(x: Any, blocks: Any, format: str, columns: int, precision: str) -> A
     return result if x.dtype == torch.float32 else result.to(x.dtype)
 
 
+def apply(x: Any, blocks: Any, format: str, columns: int, precision: str) -> Any:
+    """The operator; called past torch's dispatcher where nothing there would take notice, because
+    its way through Python costs more than a small matmul."""
+    if not torch.compiler.is_compiling() and _unwatched(x):
+        return _matmul(x, blocks, format, columns, precision)
+    return torch.ops.kernelgen.matmul(x, blocks, format, columns, precision)
+
+
+def _unwatched(x: Any) -> bool:
+    """Whether a call is plain arithmetic on the CPU: no gradient, no tracing, no mode, no
+    transform."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def _fake_matmul(x: Any, blocks: Any, format: str, columns: int, precision: str) -> Any:
     _check(x, blocks)
     torch._check(
@@ -152,9 +174,9 @@ def matmul(
     Returns (..., N) of x's dtype.  Raises ShapeError, FormatError, TargetError.
     """
     if isinstance(w, QuantTensor):
-        return torch.ops.kernelgen.matmul(x, as_blocks(w), w.format.name, w.shape[1], precision)
+        return apply(x, as_blocks(w), w.format.name, w.shape[1], precision)
     name = formats.get(format).name if isinstance(format, str) else format.name
-    return torch.ops.kernelgen.matmul(x, w, name, x.shape[-1], precision)
+    return apply(x, w, name, x.shape[-1], precision)
 
 
 def dequantize(blocks: Any, format: str | BlockFormat, columns: int) -> Any:
