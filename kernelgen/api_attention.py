@@ -107,7 +107,7 @@ def _of_array(array: Array, shape: tuple[int, int, int, int]) -> tuple[Score | N
     return None, lambda b, h, q, k: const(0, I32) < at(b, h, q, k)
 
 
-def _as_tensor(x: Array | QuantTensor, what: str) -> QuantTensor:
+def as_tensor(x: Array | QuantTensor, what: str) -> QuantTensor:
     if isinstance(x, QuantTensor):
         return x
     names = {"float32": "f32", "float16": "f16"}
@@ -171,7 +171,7 @@ def attention(
     """
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
-    keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
+    keys, values = as_tensor(k, "k"), as_tensor(v, "v")
     ops.check_shapes(q.shape, keys.shape, values.shape)
     if precision not in ("auto", "fp32"):
         raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")

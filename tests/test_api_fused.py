@@ -212,7 +212,9 @@ def test_the_command_line_knows_epilogues() -> None:
     explained = _said("explain", "matmul", "q8_0", "--shape", "3x13x64", "--target", "c",
                       "--precision", "fp32", "--epilogue", "rms_swiglu")  # fmt: skip
     assert "the norm runs before" in explained and "gate and up in one kernel" in explained
-    assert "def finish(" in _said("show", "matmul", "q8_0", "--target", "numpy", "--epilogue", "own")
+    assert "def finish(" in _said(
+        "show", "matmul", "q8_0", "--target", "numpy", "--epilogue", "own"
+    )
     told = _said("verify", "--target", "numpy", "--format", "q8_0", "--op", "matvec",
                  "--epilogue", "swiglu,rms", "--json")  # fmt: skip
     results = json.loads(told)
