@@ -134,7 +134,7 @@ class _Lying:
         return tuple(self.array.shape)
 
 
-def _as_tensor(x: Any, what: str) -> Any:
+def as_tensor(x: Any, what: str) -> Any:
     if isinstance(x, QuantTensor):
         return x
     names = dict(zip(arrays_of.FLOATS, ("f32", "f16", "bf16"), strict=True))
@@ -273,16 +273,16 @@ def attention(
     mask, alibi, sinks = _plain(mask), _plain(alibi), _plain(sinks)
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
-    keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
+    keys, values = as_tensor(k, "k"), as_tensor(v, "v")
     held = _held(tuple(q.shape), keys.shape, values.shape, _plain(lengths), _plain(pages))
     page = keys.shape[2] if held and pages is not None else 0
-    precision = "fp32" if precision == "auto" else precision
-    if precision not in ("fp32", "fp16", "bf16"):
+    if precision not in _PRECISIONS:
         raise TargetError(
-            f"attention in {precision} was asked for; fp32 (auto), fp16 and bf16 are allowed"
+            f"attention in {precision} was asked for; allowed are {', '.join(_PRECISIONS)}"
         )
     shape = (*q.shape[:3], page * held["pages"].shape[1] if page else keys.shape[2])
     where = target or api.default_target(on_fallback)
+    chosen = "fp32" if precision == "auto" else precision
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
     scores: list[Score] = []
@@ -312,10 +312,10 @@ def attention(
             raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
     sizes = _bucket(shape, keys.shape[1])
     if arrays_of.is_foreign(q):
-        return _run_there(where, kind, sizes, precision, q, keys, values, arrays)
+        return _run_there(where, kind, sizes, chosen, q, keys, values, arrays)
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
-        run = _runner(where, kind, sizes, precision)
+        run = _runner(where, kind, sizes, chosen)
         run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from kernelgen import __version__
-from kernelgen.cli import building, catalogue, checking, emulate, tensors, tuning
+from kernelgen.cli import accuracy, building, catalogue, checking, emulate, tensors, tuning
 from kernelgen.cli.terminal import complain
 from kernelgen.errors import KernelgenError
 
@@ -78,6 +78,7 @@ for _name, _command in (
     ("build", building.build),
     ("verify", checking.verify),
     ("bench", checking.bench),
+    ("accuracy", accuracy.accuracy),
     ("emulate", emulate.emulate),
     ("quantize", tensors.quantize),
     ("inspect", tensors.inspect),
