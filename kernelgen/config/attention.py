@@ -194,3 +194,75 @@ class CAttentionConfig(Config):
     def default(cls, caps: Capabilities, m: int = 0) -> Self:
         """As many rows as the registers hold sums of, with two vectors each."""
         return cls(rows=8 if caps.registers >= 32 else 6)
+
+
+@dataclass(frozen=True)
+class FragmentAttentionConfig(Config):
+    """A block of `warps` warps multiplies on matrix units of 16 x 8 results, with K and V in shared
+    memory in half precision; sums are float32 and stay in registers.
+
+    warps       of a block, in `warps / key_warps` parts of as many rows
+    warp_rows   queries of a warp
+    key_warps   warps that have the same queries and share the keys of a tile
+    keys        keys of a tile
+    stages      tiles in shared memory, all but one of which are being filled
+    share       what the queries of a block are: "query": of one head; "group": of all heads that
+                share K and V, so that these are loaded once for all of them
+    splits      blocks that share the keys of the same queries; another kernel adds up
+    """
+
+    warps: int = choice(4, 1, 2, 4, 8)
+    warp_rows: int = choice(16, 16, 32)
+    key_warps: int = choice(1, 1, 2, 4, 8)
+    keys: int = choice(64, 16, 32, 64, 128)
+    stages: int = choice(2, 2, 3)
+    share: str = choice("query", "query", "group")
+    splits: int = choice(1, 1, 2, 4, 8, 16, 32)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return self.warp_rows * self.warps // self.key_warps
+
+    @property
+    def warp_keys(self) -> int:
+        """Keys of a tile that a warp has."""
+        return self.keys // self.key_warps
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Threads must fit the device; each warp needs rows, and 16 keys of a tile."""
+        if self.threads > caps.max_threads:
+            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        if self.key_warps > self.warps:
+            return f"{self.key_warps} warps share the keys; a block has {self.warps}"
+        if self.warp_keys < 16:
+            return f"{self.warp_keys} keys in each warp; matrix units take 16"
+        return self.lacks(caps)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """For `m` queries of each head: for a few, as when one token follows the other, as few rows
+        as matrix units take, of all heads that share K and V, and many blocks that share the
+        keys."""
+        if 0 < m <= 8:
+            return cls(key_warps=4, share="group", splits=16)
+        return cls()
+
+    def smaller(self) -> Self | None:
+        """Fewer stages, then half the keys, with half the warps where these share them."""
+        if self.stages > 2:
+            return dataclasses.replace(self, stages=self.stages - 1)
+        if self.warp_keys > 16:
+            return dataclasses.replace(self, keys=self.keys // 2)
+        if self.key_warps > 1:
+            return dataclasses.replace(
+                self, keys=self.keys // 2, warps=self.warps // 2, key_warps=self.key_warps // 2
+            )
+        if self.warps > 1:
+            return dataclasses.replace(self, warps=self.warps // 2)
+        return None

@@ -1,0 +1,216 @@
+"""Attention on tensor cores (templates/cuda/attention_mma.j2)."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kernelgen.config import Capabilities, Config
+from kernelgen.config.attention import FragmentAttentionConfig
+from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.targets.attention import TENSORS, dims
+from kernelgen.targets.base import Argument, Launch, Walk
+from kernelgen.targets.simt import sizes
+from kernelgen.targets.simt_attention import PARTS, AttentionSteps, operands, part, steps_for
+
+#: elements of a head that registers hold sums of, and tiles in shared memory
+_MOST_ELEMENTS = 256
+
+#: registers of a thread for sums and scores, and for these and queries
+_SUM_REGISTERS, _KEPT_REGISTERS = 200, 160
+
+#: elements to a multiple of which rows of a tile are filled up: the depth of a product
+_DEPTH = 16
+
+
+@functools.lru_cache(maxsize=64)
+def is_half(fmt: BlockFormat, precision: str) -> bool:
+    """Whether an element is stored as a number of this precision; found by trying all numbers."""
+    if not fmt.float_codes or (fmt.block, fmt.nbytes) != (1, 2):
+        return False
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    values = fmt.decode(patterns.view(np.uint8).reshape(-1, 2)).reshape(-1)
+    if precision == "fp16":
+        wanted = patterns.view(np.float16).astype(np.float32)
+    else:
+        wanted = (patterns.astype(np.uint32) << 16).view(np.float32)
+    return bool(np.array_equal(values, wanted, equal_nan=True))
+
+
+@dataclass(frozen=True)
+class Side:
+    """How rows of K, or of V, come to shared memory.
+
+    fmt       of the rows, of `elements` elements and `row_bytes` bytes
+    plain     whether they are copied as they are; else packed, and decoded there
+    piece     bytes that are copied at once
+    width     elements of a row of a tile, with zeros that fill it up
+    pitch     bytes from one such row to the next: rows are spread over all banks
+    words     words of four codes that a thread decodes at once
+    tile      bytes of a tile, `stage`: of what is copied for one
+    stages, at   where what is copied, and what is multiplied, begin in shared memory
+    """
+
+    fmt: BlockFormat
+    elements: int
+    row_bytes: int
+    plain: bool
+    piece: int
+    width: int
+    pitch: int
+    words: int
+    tile: int
+    stage: int
+    stages: int = 0
+    at: int = 0
+
+
+def _side(fmt: BlockFormat, elements: int, keys: int, precision: str) -> Side:
+    row_bytes = fmt.row_bytes(elements)
+    width = -(-elements // _DEPTH) * _DEPTH
+    # an odd number of the 16 bytes that a row of a matrix has
+    pitch = 2 * width + 16
+    plain = is_half(fmt, precision)
+    stage = keys * (pitch if plain else row_bytes)
+    words = 2 if not fmt.float_codes and fmt.group % 8 == 0 else 1
+    return Side(
+        fmt, elements, row_bytes, plain, math.gcd(row_bytes, 16), width, pitch, words,
+        keys * pitch, -(-stage // 16) * 16,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FragmentAttentionShape:
+    """Sizes that follow from a configuration and a kind of attention.
+
+    k, v          how these come to shared memory
+    sums, scores  numbers of these in each thread
+    queries_stay  whether queries stay in registers
+    queries       bytes of the tile of queries, which begins at `queries_at`
+    merged_pitch  numbers from one row to the next where warps add up
+    shared_bytes  of shared memory
+    """
+
+    k: Side
+    v: Side
+    sums: int
+    scores: int
+    queries_stay: bool
+    queries_at: int
+    merged_pitch: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_shape(
+    config: FragmentAttentionConfig, kind: Attention, precision: str
+) -> FragmentAttentionShape:
+    """The sizes of a kernel."""
+    sides, used = [], 0
+    for fmt, elements in ((kind.k, kind.head_dim), (kind.v, kind.value_dim)):
+        one = _side(fmt, elements, config.keys, precision)
+        stages, used = used, used + config.stages * one.stage
+        at = stages
+        if not one.plain:
+            at, used = used, used + one.tile
+        sides.append(Side(**{**vars(one), "stages": stages, "at": at}))
+    k, v = sides
+    matrices = config.warp_rows // 16
+    sums, scores = matrices * v.width // 2, matrices * config.warp_keys // 2
+    stay = sums + scores + matrices * k.width // 4 <= _KEPT_REGISTERS
+    queries = config.rows * k.pitch
+    # queries that stay in registers leave their memory to keys
+    queries_at = 0 if stay else used
+    used = max(used, queries) if stay else used + queries
+    merged_pitch = v.width + 8
+    if config.key_warps > 1:
+        used = max(used, 4 * config.key_warps * config.rows * (merged_pitch + 2))
+    return FragmentAttentionShape(k, v, sums, scores, stay, queries_at, merged_pitch, used)
+
+
+def _steps(kind: Attention, config: Config) -> AttentionSteps:
+    assert isinstance(config, FragmentAttentionConfig)
+    return steps_for(kind, config.keys)
+
+
+def _applies(kind: Attention) -> str | None:
+    longest = max(kind.head_dim, kind.value_dim)
+    if longest > _MOST_ELEMENTS:
+        return f"heads of {longest} elements are more than the {_MOST_ELEMENTS} registers hold"
+    return None
+
+
+def _fits(precision: str, config: Config, kind: Attention, caps: Capabilities) -> str | None:
+    assert isinstance(config, FragmentAttentionConfig)
+    found = attention_shape(config, kind, precision)
+    if found.shared_bytes > caps.launch_bytes:
+        return (
+            f"{found.shared_bytes} bytes of shared memory; a launch may ask for"
+            f" {caps.launch_bytes}"
+        )
+    if found.sums + found.scores > _SUM_REGISTERS:
+        return (
+            f"{found.sums + found.scores} sums and scores in each thread; {_SUM_REGISTERS} fit the"
+            " registers"
+        )
+    return None
+
+
+def _launch(precision: str, config: Config, kind: Attention) -> Launch:
+    assert isinstance(config, FragmentAttentionConfig)
+    heads, rows = ("H", "T") if config.share == "query" else ("HK", "T * (H // HK)")
+    blocks = f"B * {heads} * -(-({rows}) // {config.rows}) * {config.splits}"
+    # with one block for each tile there are no parts
+    symbols = {"PARTS": str(config.splits if config.splits > 1 else 0), "PART": part(kind)}
+    shared_bytes = attention_shape(config, kind, precision).shared_bytes
+    return Launch((blocks, "1"), config.threads, shared_bytes, symbols | dims(kind))
+
+
+def _flash(precision: str) -> Walk:
+    return Walk(
+        name=f"flash_{precision}_mma",
+        op="attention",
+        kind=Attention,
+        precision=precision,
+        template="attention_mma.j2",
+        config=FragmentAttentionConfig,
+        arguments=(
+            *TENSORS,
+            Argument("parts", "scratch", "f32", PARTS),
+            *sizes("B", "H", "HK", "T", "S", "B0", "H0"),
+        ),
+        features=("mma",),
+        applies=_applies,
+        steps=_steps,
+        launch=functools.partial(_launch, precision),
+        then=lambda config: ("attention_combine",) * (config.as_dict()["splits"] > 1),
+        operands=operands,
+        style="mma",
+        fits=functools.partial(_fits, precision),
+        buffers=("k", "v"),
+    )
+
+
+def walks() -> tuple[Walk, ...]:
+    """Attention in half precision."""
+    return tuple(_flash(precision) for precision in ("fp16", "bf16"))
+
+
+#: what the templates may call
+GLOBALS: dict[str, Any] = {"fragment_attention": attention_shape, "log2_e": math.log2(math.e)}
+
+#: names that the template uses
+RESERVED = frozenset(
+    "DEPTH KEYS KEY_WARPS NEVER ROWS SCALE SPLITS STAGES THREADS UNIT WARP_KEYS WARP_ROWS a admitted"
+    " after ahead at b base batch block blocks codes column d every factor first_key first_row"
+    " following from g h h_hi h_lo head heads higher i item j k k0 k_hi k_lo key key_row key_warp"
+    " keys_at kv_row l lane larger largest_of_row load load_turned m merged merged_sums merged_tops"
+    " n now offset p part parts piece power2 q q_hi q_lo quad queries query r result row row0 rows s"
+    " scale score scores shared shrink split stage sum sum_of_row sums tile tiles tiles_k to"
+    " together top tops total totals v value values_at whole word y".split()
+)
