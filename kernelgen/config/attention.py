@@ -212,7 +212,7 @@ class FragmentAttentionConfig(Config):
     """
 
     warps: int = choice(4, 1, 2, 4, 8)
-    warp_rows: int = choice(16, 16, 32)
+    warp_rows: int = choice(32, 16, 32)
     key_warps: int = choice(1, 1, 2, 4, 8)
     keys: int = choice(64, 16, 32, 64, 128)
     stages: int = choice(2, 2, 3)
@@ -250,13 +250,18 @@ class FragmentAttentionConfig(Config):
         as matrix units take, of all heads that share K and V, and many blocks that share the
         keys."""
         if 0 < m <= 8:
-            return cls(key_warps=4, share="group", splits=16)
+            return cls(warp_rows=16, key_warps=4, share="group", splits=16)
+        if 0 < m <= 64:
+            return cls(warp_rows=16, share="group", splits=4)
         return cls()
 
     def smaller(self) -> Self | None:
-        """Fewer stages, then half the keys, with half the warps where these share them."""
+        """Fewer stages; then half the keys, of each warp or with half the warps where these share
+        them; fewer rows."""
         if self.stages > 2:
             return dataclasses.replace(self, stages=self.stages - 1)
+        if self.warp_rows > 16 and self.warp_keys <= 32:
+            return dataclasses.replace(self, warp_rows=16, keys=2 * self.keys)
         if self.warp_keys > 16:
             return dataclasses.replace(self, keys=self.keys // 2)
         if self.key_warps > 1:
@@ -265,4 +270,65 @@ class FragmentAttentionConfig(Config):
             )
         if self.warps > 1:
             return dataclasses.replace(self, warps=self.warps // 2)
+        return None
+
+
+#: threads of a SIMD-group, and rows of a matrix
+_SIMD, _MATRIX = 32, 8
+
+
+@dataclass(frozen=True)
+class MatrixAttentionConfig(Config):
+    """A threadgroup of `simds` SIMD-groups, each with `simd_rows` queries, multiplies in matrices
+    of 8 x 8, with K and then V of `keys` keys in threadgroup memory in half precision; sums are
+    float32 and stay in matrices.
+
+    share    what the queries of a threadgroup are: "query": of one head; "group": of all heads that
+             share K and V, so that these are loaded once for all of them
+    splits   threadgroups that share the keys of the same queries; another kernel adds up
+    """
+
+    simds: int = choice(4, 1, 2, 4, 8)
+    simd_rows: int = choice(8, 8, 16)
+    keys: int = choice(32, 16, 32, 64)
+    share: str = choice("query", "query", "group")
+    splits: int = choice(1, 1, 2, 4, 8, 16, 32)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a threadgroup."""
+        return _SIMD * self.simds
+
+    @property
+    def rows(self) -> int:
+        """Queries of a threadgroup."""
+        return self.simds * self.simd_rows
+
+    @property
+    def lanes(self) -> int:
+        """Threads that share a row."""
+        return _SIMD // self.simd_rows
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Threads must fit the device."""
+        if self.threads > caps.max_threads:
+            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        return self.lacks(caps)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """For `m` queries of each head: for a few, no more rows than heads are likely to give, and
+        many threadgroups that share the keys."""
+        if 0 < m <= 8:
+            return cls(simds=1 if m == 1 else 2, share="group", splits=16)
+        return cls()
+
+    def smaller(self) -> Self | None:
+        """Half the rows of each SIMD-group, half the keys, half the SIMD-groups."""
+        if self.simd_rows > _MATRIX:
+            return dataclasses.replace(self, simd_rows=self.simd_rows // 2)
+        if self.keys > 16:
+            return dataclasses.replace(self, keys=self.keys // 2)
+        if self.simds > 1:
+            return dataclasses.replace(self, simds=self.simds // 2)
         return None

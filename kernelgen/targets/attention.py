@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
+
+from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.ops.attention import strides as strides
 from kernelgen.targets.base import Argument
@@ -31,3 +36,17 @@ def arrays(kind: Attention) -> tuple[Argument, ...]:
     """Arrays that score and mask read, of any shape, and sinks."""
     found = [Argument(one.name, "in", one.dtype, ("...",)) for one in kind.operands]
     return (*found, *([Argument("sinks", "in", "f32", ("H",))] if kind.sinks else []))
+
+
+@functools.lru_cache(maxsize=64)
+def is_half(fmt: BlockFormat, precision: str) -> bool:
+    """Whether an element is stored as a number of this precision; found by trying all numbers."""
+    if not fmt.float_codes or (fmt.block, fmt.nbytes) != (1, 2):
+        return False
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    values = fmt.decode(patterns.view(np.uint8).reshape(-1, 2)).reshape(-1)
+    if precision == "fp16":
+        wanted = patterns.view(np.float16).astype(np.float32)
+    else:
+        wanted = (patterns.astype(np.uint32) << 16).view(np.float32)
+    return bool(np.array_equal(values, wanted, equal_nan=True))

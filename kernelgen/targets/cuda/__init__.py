@@ -44,9 +44,13 @@ TARGET = Target(
     suffix=".cu",
     # tensor cores for many rows of activations; for few, a warp a row
     walks=(
-        *_SHARED[:3], *_TENSOR[:7], *_SHARED[3:], *_TENSOR[7:], *simt_attention.walks(),
+        *_SHARED[:3],
+        *_TENSOR[:7],
+        *_SHARED[3:],
+        *_TENSOR[7:],
+        *simt_attention.walks(),
         *attention.walks(),
-    ),  # fmt: skip
+    ),
     dialects={"memory": MEMORY},
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),

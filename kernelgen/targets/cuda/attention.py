@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from kernelgen.config import Capabilities, Config
 from kernelgen.config.attention import FragmentAttentionConfig
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.expr import walk
 from kernelgen.ir.ops.attention import Attention
-from kernelgen.targets.attention import TENSORS, dims
+from kernelgen.targets.attention import TENSORS, dims, is_half
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.simt import sizes
 from kernelgen.targets.simt_attention import PARTS, AttentionSteps, operands, part, steps_for
@@ -22,24 +21,12 @@ from kernelgen.targets.simt_attention import PARTS, AttentionSteps, operands, pa
 _MOST_ELEMENTS = 256
 
 #: registers of a thread for sums and scores, and for these and queries
-_SUM_REGISTERS, _KEPT_REGISTERS = 200, 160
+_SUM_REGISTERS, _KEPT_REGISTERS = 160, 160
+#: the first of these where score and mask, of more operations than this, take many, too
+_FEWER_REGISTERS, _FEW_OPERATIONS = 112, 24
 
 #: elements to a multiple of which rows of a tile are filled up: the depth of a product
 _DEPTH = 16
-
-
-@functools.lru_cache(maxsize=64)
-def is_half(fmt: BlockFormat, precision: str) -> bool:
-    """Whether an element is stored as a number of this precision; found by trying all numbers."""
-    if not fmt.float_codes or (fmt.block, fmt.nbytes) != (1, 2):
-        return False
-    patterns = np.arange(1 << 16, dtype=np.uint16)
-    values = fmt.decode(patterns.view(np.uint8).reshape(-1, 2)).reshape(-1)
-    if precision == "fp16":
-        wanted = patterns.view(np.float16).astype(np.float32)
-    else:
-        wanted = (patterns.astype(np.uint32) << 16).view(np.float32)
-    return bool(np.array_equal(values, wanted, equal_nan=True))
 
 
 @dataclass(frozen=True)
@@ -150,15 +137,18 @@ def _fits(precision: str, config: Config, kind: Attention, caps: Capabilities) -
     found = attention_shape(config, kind, precision)
     if found.shared_bytes > caps.launch_bytes:
         return (
-            f"{found.shared_bytes} bytes of shared memory; a launch may ask for"
-            f" {caps.launch_bytes}"
+            f"{found.shared_bytes} bytes of shared memory; a launch may ask for {caps.launch_bytes}"
         )
-    if found.sums + found.scores > _SUM_REGISTERS:
-        return (
-            f"{found.sums + found.scores} sums and scores in each thread; {_SUM_REGISTERS} fit the"
-            " registers"
-        )
+    most, kept = _registers(kind), found.sums + found.scores
+    if kept > most:
+        return f"{kept} sums and scores in each thread; {most} fit the registers"
     return None
+
+
+def _registers(kind: Attention) -> int:
+    """Registers that sums and scores may take."""
+    operations = sum(len(list(walk(e))) for e in (kind.score, kind.mask) if e is not None)
+    return _SUM_REGISTERS if operations <= _FEW_OPERATIONS else _FEWER_REGISTERS
 
 
 def _launch(precision: str, config: Config, kind: Attention) -> Launch:
@@ -206,11 +196,14 @@ GLOBALS: dict[str, Any] = {"fragment_attention": attention_shape, "log2_e": math
 
 #: names that the template uses
 RESERVED = frozenset(
-    "DEPTH KEYS KEY_WARPS NEVER ROWS SCALE SPLITS STAGES THREADS UNIT WARP_KEYS WARP_ROWS a admitted"
-    " after ahead at b base batch block blocks codes column d every factor first_key first_row"
-    " following from g h h_hi h_lo head heads higher i item j k k0 k_hi k_lo key key_row key_warp"
-    " keys_at kv_row l lane larger largest_of_row load load_turned m merged merged_sums merged_tops"
-    " n now offset p part parts piece power2 q q_hi q_lo quad queries query r result row row0 rows s"
-    " scale score scores shared shrink split stage sum sum_of_row sums tile tiles tiles_k to"
-    " together top tops total totals v value values_at whole word y".split()
+    "HEAD_DIM KEYS KEY_WARPS NEVER ROWS SCALE SPLITS STAGES THREADS UNIT VALUE_DIM WARP_KEYS"
+    " WARP_ROWS ahead at b base base_of batch block blocks codes column copies_end copies_wait0"
+    " copies_wait1 d element factor first_key first_row float4 fmaxf following from g h h_hi"
+    " h_lo halves head heads high higher i inside item j k k0 k_hi k_lo key key_row key_warp"
+    " keys_at kv_row l lane largest_of_row load load_matrices load_turned low m make_uint2"
+    " make_uint4 merged merged_tops merged_totals multiply n offset pair part parts power2 q"
+    " q_hi q_lo quad query query_at query_row r raised result row row0 row_head row_q rows s"
+    " scale score scores shared shrink source split stage sum sum_of_row sums thread tile tiles"
+    " tiles_k to together top tops total totals uint2 uint4 v value value0 value1 value2 value3"
+    " values_at warp warp_row weight weights whole word y".split()
 )
