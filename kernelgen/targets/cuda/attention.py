@@ -79,7 +79,8 @@ class FragmentAttentionShape:
     sums, scores  numbers of these in each thread
     queries_stay  whether queries stay in registers
     queries       bytes of the tile of queries, which begins at `queries_at`
-    merged_pitch  numbers from one row to the next where warps add up
+    merged_pitch  numbers from one row to the next where warps add up, and `merged_at`: where the
+                  largest scores and the sums of weights begin, behind these and tiles
     shared_bytes  of shared memory
     """
 
@@ -90,6 +91,7 @@ class FragmentAttentionShape:
     queries_stay: bool
     queries_at: int
     merged_pitch: int
+    merged_at: int
     shared_bytes: int
 
 
@@ -114,10 +116,14 @@ def attention_shape(
     # queries that stay in registers leave their memory to keys
     queries_at = 0 if stay else used
     used = max(used, queries) if stay else used + queries
-    merged_pitch = v.width + 8
+    merged_pitch, merged_at = v.width + 8, used
     if config.key_warps > 1:
-        used = max(used, 4 * config.key_warps * config.rows * (merged_pitch + 2))
-    return FragmentAttentionShape(k, v, sums, scores, stay, queries_at, merged_pitch, used)
+        merged = 4 * config.key_warps * config.rows
+        merged_at = max(used, merged * merged_pitch)
+        used = merged_at + 2 * merged
+    return FragmentAttentionShape(
+        k, v, sums, scores, stay, queries_at, merged_pitch, merged_at, used
+    )
 
 
 def _steps(kind: Attention, config: Config) -> AttentionSteps:
