@@ -22,8 +22,9 @@ _MOST_ELEMENTS = 256
 
 #: registers of a thread for sums and scores, and for these and queries
 _SUM_REGISTERS, _KEPT_REGISTERS = 160, 160
-#: the first of these where score and mask, of more operations than this, take many, too
-_FEWER_REGISTERS, _FEW_OPERATIONS = 112, 24
+
+#: score and mask of more operations than this take a register for each score, too
+_FEW_OPERATIONS = 24
 
 #: elements to a multiple of which rows of a tile are filled up: the depth of a product
 _DEPTH = 16
@@ -145,16 +146,11 @@ def _fits(precision: str, config: Config, kind: Attention, caps: Capabilities) -
         return (
             f"{found.shared_bytes} bytes of shared memory; a launch may ask for {caps.launch_bytes}"
         )
-    most, kept = _registers(kind), found.sums + found.scores
-    if kept > most:
-        return f"{kept} sums and scores in each thread; {most} fit the registers"
-    return None
-
-
-def _registers(kind: Attention) -> int:
-    """Registers that sums and scores may take."""
     operations = sum(len(list(walk(e))) for e in (kind.score, kind.mask) if e is not None)
-    return _SUM_REGISTERS if operations <= _FEW_OPERATIONS else _FEWER_REGISTERS
+    needed = found.sums + found.scores * (1 if operations <= _FEW_OPERATIONS else 2)
+    if needed > _SUM_REGISTERS:
+        return f"{needed} sums and scores in each thread; {_SUM_REGISTERS} fit the registers"
+    return None
 
 
 def _launch(precision: str, config: Config, kind: Attention) -> Launch:
