@@ -22,3 +22,9 @@ static __device__ __forceinline__ float sum_of_row(float x) {
     x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
     return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
+
+// What is subtracted from numbers in the place of scores where this is the largest of them: without
+// any key all weights are zero.
+static __device__ __forceinline__ float base_of(float top) {
+    return top == NEVER ? 0.0f : top * UNIT;
+}

@@ -57,6 +57,10 @@ class Side:
     stages: int = 0
     at: int = 0
 
+    def place(self, row: str, at: str, rows: int) -> str:
+        """Where byte `at` of row `row` of a tile of so many rows lies."""
+        return f"{row} * {self.pitch}u + {at}"
+
 
 def _side(fmt: BlockFormat, elements: int, keys: int, precision: str) -> Side:
     row_bytes = fmt.row_bytes(elements)
