@@ -273,6 +273,60 @@ class FragmentAttentionConfig(Config):
         return None
 
 
+@dataclass(frozen=True)
+class WarpgroupAttentionConfig(Config):
+    """A block of `warps` warps multiplies on matrix units of 64 x 8 n results, which four warps use
+    together, with Q, K and V in shared memory in half precision.
+
+    keys     keys of a tile, of which two are in shared memory
+    share    as in `FragmentAttentionConfig`
+    splits   likewise
+    """
+
+    warps: int = choice(8, 4, 8, 12)
+    keys: int = choice(128, 64, 128)
+    share: str = choice("query", "query", "group")
+    splits: int = choice(1, 1, 2, 4, 8, 16, 32)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return 16 * self.warps
+
+    @property
+    def stages(self) -> int:
+        """Tiles in shared memory."""
+        return 2
+
+    @property
+    def key_warps(self) -> int:
+        """Warps that share queries."""
+        return 1
+
+    def legal(self, caps: Capabilities) -> str | None:
+        """Threads must fit the device."""
+        if self.threads > caps.max_threads:
+            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        return self.lacks(caps)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """For `m` queries of each head: for few of them, those of heads that share K and V, and
+        several blocks that share the keys."""
+        return cls(warps=4, share="group", splits=4) if 0 < m <= 64 else cls()
+
+    def smaller(self) -> Self | None:
+        """Half the keys, then fewer warps."""
+        if self.keys > 64:
+            return dataclasses.replace(self, keys=64)
+        return dataclasses.replace(self, warps=self.warps - 4) if self.warps > 4 else None
+
+
 #: threads of a SIMD-group, and rows of a matrix
 _SIMD, _MATRIX = 32, 8
 

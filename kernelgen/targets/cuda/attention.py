@@ -1,14 +1,15 @@
-"""Attention on tensor cores (templates/cuda/attention_mma.j2)."""
+"""Attention on tensor cores (templates/cuda/attention_mma.j2, attention_wgmma.j2)."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from kernelgen.config import Capabilities, Config
-from kernelgen.config.attention import FragmentAttentionConfig
+from kernelgen.config.attention import FragmentAttentionConfig, WarpgroupAttentionConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import walk
 from kernelgen.ir.ops.attention import Attention
@@ -29,6 +30,15 @@ _FEW_OPERATIONS = 24
 #: elements to a multiple of which rows of a tile are filled up: the depth of a product
 _DEPTH = 16
 
+#: bytes of a piece of a row that is swizzled; bytes to a multiple of which tiles of such begin
+_PIECE, _ALIGNED = 128, 1024
+
+#: shared memory that a launch may ask for where four warps multiply together
+_WARPGROUP_BYTES = 232448
+
+#: registers of a multiprocessor; of a thread at most; besides those for sums, scores and weights
+_ALL_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 56
+
 
 @dataclass(frozen=True)
 class Side:
@@ -42,6 +52,8 @@ class Side:
     words     words of four codes that a thread decodes at once
     tile      bytes of a tile, `stage`: of what is copied for one
     stages, at   where what is copied, and what is multiplied, begin in shared memory
+    swizzled  whether rows lie in pieces of 64 elements, those of all rows together, whose 16 bytes
+              are swapped by the lowest bits of the row, as four warps together take them
     """
 
     fmt: BlockFormat
@@ -56,23 +68,30 @@ class Side:
     stage: int
     stages: int = 0
     at: int = 0
+    swizzled: bool = False
 
     def place(self, row: str, at: str, rows: int) -> str:
         """Where byte `at` of row `row` of a tile of so many rows lies."""
-        return f"{row} * {self.pitch}u + {at}"
+        if not self.swizzled:
+            return f"{row} * {self.pitch}u + {at}"
+        inside = f"({at} % {_PIECE}u ^ {row} % 8u * 16u)"
+        return f"{at} / {_PIECE}u * {rows * _PIECE}u + {row} * {_PIECE}u + {inside}"
 
 
-def _side(fmt: BlockFormat, elements: int, keys: int, precision: str) -> Side:
+def _side(
+    fmt: BlockFormat, elements: int, keys: int, precision: str, swizzled: bool = False
+) -> Side:
     row_bytes = fmt.row_bytes(elements)
     width = -(-elements // _DEPTH) * _DEPTH
-    # an odd number of the 16 bytes that a row of a matrix has
-    pitch = 2 * width + 16
+    # an odd number of the 16 bytes that a row of a matrix has, or whole pieces
+    pitch = -(-2 * width // _PIECE) * _PIECE if swizzled else 2 * width + 16
     plain = is_half(fmt, precision)
     stage = keys * (pitch if plain else row_bytes)
+    aligned = _ALIGNED if swizzled else 16
     words = 2 if not fmt.float_codes and fmt.group % 8 == 0 else 1
     return Side(
         fmt, elements, row_bytes, plain, math.gcd(row_bytes, 16), width, pitch, words,
-        keys * pitch, -(-stage // 16) * 16,
+        keys * pitch, -(-stage // aligned) * aligned, swizzled=swizzled,
     )  # fmt: skip
 
 
@@ -100,20 +119,28 @@ class FragmentAttentionShape:
     shared_bytes: int
 
 
+def _sides(
+    config: FragmentAttentionConfig | WarpgroupAttentionConfig, kind: Attention, precision: str,
+    swizzled: bool,
+) -> tuple[Side, Side, int]:  # fmt: skip
+    """K and V one behind the other in shared memory, and the bytes that they take."""
+    sides, used = [], 0
+    for fmt, elements in ((kind.k, kind.head_dim), (kind.v, kind.value_dim)):
+        one = _side(fmt, elements, config.keys, precision, swizzled)
+        stages, used = used, used + config.stages * one.stage
+        at = stages
+        if not one.plain:
+            at, used = used, used + one.tile
+        sides.append(dataclasses.replace(one, stages=stages, at=at))
+    return sides[0], sides[1], used
+
+
 @functools.lru_cache(maxsize=4096)
 def attention_shape(
     config: FragmentAttentionConfig, kind: Attention, precision: str
 ) -> FragmentAttentionShape:
     """The sizes of a kernel."""
-    sides, used = [], 0
-    for fmt, elements in ((kind.k, kind.head_dim), (kind.v, kind.value_dim)):
-        one = _side(fmt, elements, config.keys, precision)
-        stages, used = used, used + config.stages * one.stage
-        at = stages
-        if not one.plain:
-            at, used = used, used + one.tile
-        sides.append(Side(**{**vars(one), "stages": stages, "at": at}))
-    k, v = sides
+    k, v, used = _sides(config, kind, precision, False)
     matrices = config.warp_rows // 16
     sums, scores = matrices * v.width // 2, matrices * config.warp_keys // 2
     stay = sums + scores + matrices * k.width // 4 <= _KEPT_REGISTERS
@@ -131,8 +158,30 @@ def attention_shape(
     )
 
 
+@dataclass(frozen=True)
+class WarpgroupAttentionShape:
+    """The same where four warps multiply together: see `FragmentAttentionShape`."""
+
+    k: Side
+    v: Side
+    sums: int
+    scores: int
+    queries_at: int
+    shared_bytes: int
+
+
+@functools.lru_cache(maxsize=4096)
+def warpgroup_attention(
+    config: WarpgroupAttentionConfig, kind: Attention, precision: str
+) -> WarpgroupAttentionShape:
+    """The sizes of a kernel."""
+    k, v, used = _sides(config, kind, precision, True)
+    queries = config.rows * k.pitch
+    return WarpgroupAttentionShape(k, v, v.width // 2, config.keys // 2, used, used + queries)
+
+
 def _steps(kind: Attention, config: Config) -> AttentionSteps:
-    assert isinstance(config, FragmentAttentionConfig)
+    assert isinstance(config, FragmentAttentionConfig | WarpgroupAttentionConfig)
     return steps_for(kind, config.keys)
 
 
@@ -150,20 +199,46 @@ def _fits(precision: str, config: Config, kind: Attention, caps: Capabilities) -
         return (
             f"{found.shared_bytes} bytes of shared memory; a launch may ask for {caps.launch_bytes}"
         )
-    operations = sum(len(list(walk(e))) for e in (kind.score, kind.mask) if e is not None)
-    needed = found.sums + found.scores * (1 if operations <= _FEW_OPERATIONS else 2)
+    needed = found.sums + found.scores * (2 if _is_long(kind) else 1)
     if needed > _SUM_REGISTERS:
         return f"{needed} sums and scores in each thread; {_SUM_REGISTERS} fit the registers"
     return None
 
 
+def _is_long(kind: Attention) -> bool:
+    """Whether score and mask take many registers."""
+    operations = sum(len(list(walk(e))) for e in (kind.score, kind.mask) if e is not None)
+    return operations > _FEW_OPERATIONS
+
+
+def _fits_warpgroups(
+    precision: str, config: Config, kind: Attention, caps: Capabilities
+) -> str | None:
+    assert isinstance(config, WarpgroupAttentionConfig)
+    found = warpgroup_attention(config, kind, precision)
+    if found.shared_bytes > _WARPGROUP_BYTES:
+        return (
+            f"{found.shared_bytes} bytes of shared memory; a launch may ask for {_WARPGROUP_BYTES}"
+        )
+    most = min(_MOST_REGISTERS, _ALL_REGISTERS // config.threads) - _OTHER_REGISTERS
+    needed = found.sums + found.scores * (5 if _is_long(kind) else 3) // 2
+    if needed > most:
+        return f"{needed} sums, scores and weights in each thread; {most} fit the registers"
+    return None
+
+
 def _launch(precision: str, config: Config, kind: Attention) -> Launch:
-    assert isinstance(config, FragmentAttentionConfig)
+    assert isinstance(config, FragmentAttentionConfig | WarpgroupAttentionConfig)
     heads, rows = ("H", "T") if config.share == "query" else ("HK", "T * (H // HK)")
     blocks = f"B * {heads} * -(-({rows}) // {config.rows}) * {config.splits}"
     # with one block for each tile there are no parts
     symbols = {"PARTS": str(config.splits if config.splits > 1 else 0), "PART": part(kind)}
-    shared_bytes = attention_shape(config, kind, precision).shared_bytes
+    shape = (
+        attention_shape(config, kind, precision)
+        if isinstance(config, FragmentAttentionConfig)
+        else warpgroup_attention(config, kind, precision)
+    )
+    shared_bytes = shape.shared_bytes
     return Launch((blocks, "1"), config.threads, shared_bytes, symbols | dims(kind))
 
 
@@ -192,13 +267,30 @@ def _flash(precision: str) -> Walk:
     )
 
 
+def _flash_warpgroups(precision: str) -> Walk:
+    return dataclasses.replace(
+        _flash(precision),
+        name=f"flash_{precision}_wgmma",
+        template="attention_wgmma.j2",
+        config=WarpgroupAttentionConfig,
+        features=("wgmma",),
+        style="wgmma",
+        fits=functools.partial(_fits_warpgroups, precision),
+    )
+
+
 def walks() -> tuple[Walk, ...]:
-    """Attention in half precision."""
-    return tuple(_flash(precision) for precision in ("fp16", "bf16"))
+    """Attention in half precision; where four warps multiply together is for many queries alone."""
+    halves = ("fp16", "bf16")
+    return (*(_flash(p) for p in halves), *(_flash_warpgroups(p) for p in halves))
 
 
 #: what the templates may call
-GLOBALS: dict[str, Any] = {"fragment_attention": attention_shape, "log2_e": math.log2(math.e)}
+GLOBALS: dict[str, Any] = {
+    "fragment_attention": attention_shape,
+    "warpgroup_attention": warpgroup_attention,
+    "log2_e": math.log2(math.e),
+}
 
 #: names that the template uses
 RESERVED = frozenset(
