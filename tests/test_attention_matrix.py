@@ -17,7 +17,11 @@ import pytest
 
 from kernelgen import targets
 from kernelgen.config import Capabilities, Config
-from kernelgen.config.attention import FragmentAttentionConfig, MatrixAttentionConfig
+from kernelgen.config.attention import (
+    FragmentAttentionConfig,
+    MatrixAttentionConfig,
+    WarpgroupAttentionConfig,
+)
 from kernelgen.emulator import Emulator, Report
 from kernelgen.files import attention_kinds
 from kernelgen.generate import generate_walk
@@ -27,7 +31,6 @@ from kernelgen.ir.ops.attention import Attention
 from kernelgen.problem import relative_error, rounded, tolerance
 from kernelgen.targets.attention import is_half
 from kernelgen.targets.base import Kernel, Walk
-from kernelgen.targets.cuda.attention import attention_shape
 from kernelgen.tensor import QuantTensor
 from tests import cuda_binaries, made_up
 from tests.cuda_binaries import ARCHITECTURES, disassembler, serves, why_no_compiler
@@ -35,23 +38,24 @@ from tests.test_attention import VARIANTS, Case, case, device, poisoned, result
 
 Array = npt.NDArray[Any]
 
-STYLES = {"cuda": "mma", "metal": "matrix"}
+#: the target of each style of walk
+STYLES = {"mma": "cuda", "wgmma": "cuda", "matrix": "metal"}
 PRECISIONS = ("fp16", "bf16")
 
 
 def walk_of(name: str, precision: str, kind: Attention) -> Walk:
-    return targets.get(name).walk("attention", kind, precision, style=STYLES[name])
+    return targets.get(STYLES[name]).walk("attention", kind, precision, style=name)
 
 
 def kernel_of(name: str, kind: Attention, precision: str, m: int = 0, **changes: Any) -> Kernel:
     """The kernel for m queries, in the default configuration but for the changes."""
-    walk, caps = walk_of(name, precision, kind), device(name).capabilities()
+    walk, caps = walk_of(name, precision, kind), device(STYLES[name]).capabilities()
     found = walk.default(kind, caps, m)
     config = type(found).from_dict(found.as_dict() | changes)
     while changes and walk.fits(config, kind, caps) and (smaller := config.smaller()):
         config = smaller
     assert walk.refuses(config, kind, caps) is None
-    return generate_walk(walk, kind, targets.get(name), config)
+    return generate_walk(walk, kind, targets.get(STYLES[name]), config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,7 +75,7 @@ def check(name: str, kernel: Kernel, variant: str, shapes: tuple[tuple[int, int]
         if variant in ("documents", "own") and t > s:
             continue  # positions before the first key have no document and no bias
         one = rounded_case(variant, kind, precision, t, s)
-        found = relative_error(result(name, kernel, one), one.want)
+        found = relative_error(result(STYLES[name], kernel, one), one.want)
         assert found <= tolerance(kernel.op, precision), (t, s)
 
 
@@ -112,7 +116,7 @@ SAMPLES = (
     Sample("full", 64, "three_bits", "mxfp4", 96, "fp16", 64, ((9, 70),)),
 )
 #: of these, what each target runs where tests are to be short
-SHORT = {"cuda": (0, 1, 2, 3, 4, 7), "metal": (0, 2, 4, 6, 7, 10)}
+SHORT = {"mma": (0, 1, 2, 3, 4, 7), "wgmma": (0, 1, 4), "matrix": (0, 2, 4, 6, 7, 10)}
 KNOWN = {fmt.name: fmt for fmt in (*formats.FORMATS, made_up.THREE_BITS)}
 
 
@@ -183,57 +187,59 @@ def test_edges(name: str, m: int) -> None:
     kernel = kernel_of(name, PLAIN, "fp16", m)
     bound = tolerance("attention", "fp16")
     more_queries = rounded_case("causal", PLAIN, "fp16", 9, 5)
-    found = result(name, kernel, more_queries)
+    found = result(STYLES[name], kernel, more_queries)
     assert (found[:, :, :4] == 0).all() and relative_error(found, more_queries.want) <= bound
     one = rounded_case("causal", PLAIN, "fp16", 40, 40)
     none = QuantTensor("f16", (2, 4, 0, 64), np.empty(0, np.uint8))
     empty = dataclasses.replace(one, k=none, v=none)
-    assert (result(name, kernel, empty) == 0).all()
+    assert (result(STYLES[name], kernel, empty) == 0).all()
     large = one.q * np.float32(3e3)  # scores of 1e4
     want = ops.attention(PLAIN, rounded(large, "fp16"), one.k.dequantize(), one.v.dequantize())
-    found = result(name, kernel, dataclasses.replace(one, q=large))
+    found = result(STYLES[name], kernel, dataclasses.replace(one, q=large))
     # a score is off by its own last bits, which is much beside the weights it makes
     assert np.isfinite(found).all() and relative_error(found, want) < 0.05
     dirty = one.q.copy()
     dirty[0, 1, 7, 3] = np.nan
-    found = result(name, kernel, dataclasses.replace(one, q=dirty))
+    found = result(STYLES[name], kernel, dataclasses.replace(one, q=dirty))
     assert np.isnan(found[0, 1, 7]).all()
     found[0, 1, 7] = one.want[0, 1, 7]
     assert relative_error(found, one.want) <= bound
 
 
 WINDOW = kind_of("window", 64, "f16")
-#: tiles of 32 queries and 32 keys
-SMALL = {"cuda": {"warps": 2, "warp_rows": 16, "keys": 32}, "metal": {"keys": 32}}
+#: tiles of as many queries as keys, each a part of 64
+SMALL = {"mma": {"warps": 2, "warp_rows": 16, "keys": 32}, "matrix": {"keys": 32},
+         "wgmma": {"warps": 4, "keys": 64}}  # fmt: skip
 #: what a kernel skips a tile by, and what it would be without
 SKIPS = {"cuda": (r"if \(!\(.*\)\) \{ break; \}", "break;"),
          "metal": (r"if \(.*\) \{ continue; \}", "")}  # fmt: skip
 
 
-def skips(name: str, kernel: Kernel) -> tuple[Array, Array]:
+def skips(name: str, kernel: Kernel, size: int) -> tuple[Array, Array]:
     """What queries give where keys that whole tiles are to skip are poisoned, and should give."""
     one = rounded_case("window", WINDOW, "fp16", 32, 256)
-    # the first query stands at 224 and sees 192..224; the tiles of 32 keys before are not touched
-    before = result(name, kernel, poisoned(WINDOW, one, slice(0, 192)))
-    np.testing.assert_array_equal(before, result(name, kernel, one))
-    # of the queries 0..63 the first 32 see none of the tiles behind them
-    ahead = rounded_case("window", WINDOW, "fp16", 64, 64)
-    found = result(name, kernel, poisoned(WINDOW, ahead, slice(32, 64)))
-    assert np.isnan(found[:, :, 32:]).all()
-    return found[:, :, :32], ahead.want[:, :, :32]
+    # the first query stands at 224 and sees 192..224; the tiles of keys before are not touched
+    before = result(STYLES[name], kernel, poisoned(WINDOW, one, slice(0, 192)))
+    np.testing.assert_array_equal(before, result(STYLES[name], kernel, one))
+    # of two tiles of queries the first sees none of the keys behind it
+    ahead = rounded_case("window", WINDOW, "fp16", 2 * size, 2 * size)
+    found = result(STYLES[name], kernel, poisoned(WINDOW, ahead, slice(size, 2 * size)))
+    assert np.isnan(found[:, :, size:]).all()
+    return found[:, :, :size], ahead.want[:, :, :size]
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_tiles_are_skipped(name: str) -> None:
     kernel = kernel_of(name, WINDOW, "fp16", 0, **SMALL[name])
-    assert kernel.config.rows == kernel.config.keys == 32  # type: ignore[attr-defined]
-    assert relative_error(*skips(name, kernel)) <= tolerance("attention", "fp16")
-    pattern, instead = SKIPS[name]
+    size: int = kernel.config.rows  # type: ignore[attr-defined]
+    assert size == kernel.config.keys  # type: ignore[attr-defined]
+    assert relative_error(*skips(name, kernel, size)) <= tolerance("attention", "fp16")
+    pattern, instead = SKIPS[STYLES[name]]
     source, count = re.subn(pattern, instead, kernel.source)
     assert count == 1
     without = dataclasses.replace(kernel, source=source, hash="without")
     with pytest.raises(AssertionError):
-        skips(name, without)
+        skips(name, without, size)
 
 
 def emulated(kernel: Kernel, one: Case, language: str, source: str) -> tuple[Array, Report]:
@@ -258,8 +264,9 @@ def emulated(kernel: Kernel, one: Case, language: str, source: str) -> tuple[Arr
 @pytest.mark.parametrize(
     ("name", "changes", "barrier", "count"),
     [
-        ("cuda", {"warps": 4, "warp_rows": 16, "key_warps": 2, "keys": 32}, "__syncthreads();", 6),
-        ("metal", {"simds": 2, "keys": 16}, "threadgroup_barrier(mem_flags::mem_threadgroup);", 5),
+        ("mma", {"warps": 4, "warp_rows": 16, "key_warps": 2, "keys": 32}, "__syncthreads();", 6),
+        ("wgmma", {"warps": 4, "keys": 64}, "__syncthreads();", 6),
+        ("matrix", {"simds": 2, "keys": 16}, "threadgroup_barrier(mem_flags::mem_threadgroup);", 5),
     ],
     ids=STYLES,
 )
@@ -270,14 +277,14 @@ def test_every_barrier_is_needed(
     kind = kind_of("shared", 64, "q8_0", "f16", 80)
     kernel = kernel_of(name, kind, "fp16", 0, share="group", **changes)
     one = rounded_case("shared", kind, "fp16", 9, 90, 1)
-    y, report = emulated(kernel, one, name, kernel.source)
+    y, report = emulated(kernel, one, STYLES[name], kernel.source)
     assert report.ok, report
     assert relative_error(y, one.want) <= tolerance("attention", "fp16")
     places = [m.span() for m in re.finditer(re.escape(barrier), kernel.source)]
     assert len(places) == count
     for start, stop in places:
         text = kernel.source[:start] + kernel.source[stop:]
-        _, report = emulated(kernel, one, name, text)
+        _, report = emulated(kernel, one, STYLES[name], text)
         assert "race" in {f.kind for f in report.findings}, text[start - 200 : start]
 
 
@@ -285,7 +292,8 @@ def test_every_barrier_is_needed(
 
 
 CLASSES: dict[str, type[Config]] = {
-    "cuda": FragmentAttentionConfig, "metal": MatrixAttentionConfig,
+    "mma": FragmentAttentionConfig, "wgmma": WarpgroupAttentionConfig,
+    "matrix": MatrixAttentionConfig,
 }  # fmt: skip
 #: kinds that go different ways: copied and decoded, with rows that are filled up
 WAYS = (kind_of("shared", 72, "f16", "q8_0", 96), kind_of("shared", 64, "q4_0", "f16", 52))
@@ -303,7 +311,9 @@ def configurations() -> Iterator[Any]:
 
 
 def device_capabilities(name: str) -> Capabilities:
-    return targets.get(name).capabilities
+    """What is assumed of a device, with what the style wants."""
+    caps = targets.get(STYLES[name]).capabilities
+    return dataclasses.replace(caps, features=caps.features | {"wgmma"})
 
 
 def _refused(name: str, config: Config) -> bool:
@@ -315,14 +325,15 @@ def _refused(name: str, config: Config) -> bool:
 def test_configurations(name: str, config: Config, number: int) -> None:
     """Any that is legal, with sizes that nothing divides."""
     kind, precision = WAYS[number % 2], PRECISIONS[number // 2 % 2]
-    kernel = generate_walk(walk_of(name, precision, kind), kind, targets.get(name), config)
+    kernel = generate_walk(walk_of(name, precision, kind), kind, targets.get(STYLES[name]), config)
     check(name, kernel, "shared", ((37, 131), (3, 67)))
 
 
 #: capabilities of devices with much shared memory, or with small groups of threads
 OTHERS = {
-    "cuda": dataclasses.replace(targets.get("cuda").capabilities, launch_bytes=232448),
-    "metal": dataclasses.replace(targets.get("metal").capabilities, max_threads=256),
+    "mma": dataclasses.replace(device_capabilities("mma"), launch_bytes=232448),
+    "wgmma": device_capabilities("wgmma"),
+    "matrix": dataclasses.replace(device_capabilities("matrix"), max_threads=256),
 }
 
 
@@ -341,8 +352,8 @@ def test_defaults_fit(name: str) -> None:
 
 
 def test_reasons() -> None:
-    caps = device_capabilities("cuda")
-    walk = walk_of("cuda", "fp16", PLAIN)
+    caps = device_capabilities("mma")
+    walk = walk_of("mma", "fp16", PLAIN)
     large = kind_of("full", 128, "f16")
     said = [
         FragmentAttentionConfig(keys=16, key_warps=2).legal(caps),
@@ -352,7 +363,7 @@ def test_reasons() -> None:
         walk.refuses(FragmentAttentionConfig(keys=64), large, dataclasses.replace(
             caps, launch_bytes=1 << 20)),
         walk.accepts(kind_of("full", 512, "f16")),
-        walk_of("metal", "fp16", PLAIN).accepts(kind_of("full", 1024, "f16")),
+        walk_of("matrix", "fp16", PLAIN).accepts(kind_of("full", 1024, "f16")),
         MatrixAttentionConfig(simds=8).legal(Capabilities(max_threads=128)),
     ]  # fmt: skip
     reasons = (
@@ -366,14 +377,13 @@ def test_reasons() -> None:
 
 def test_float32_stays_with_the_shared_walk() -> None:
     """Without a precision, and in float32, attention is what it is on every target."""
-    for name in STYLES:
-        assert targets.get(name).walk("attention", PLAIN).name == "flash"
-        assert targets.get(name).walk("attention", PLAIN, "fp32").name == "flash"
+    for style in ("mma", "matrix"):
+        target = targets.get(STYLES[style])
+        assert target.walk("attention", PLAIN).name == "flash"
+        assert target.walk("attention", PLAIN, "fp32").name == "flash"
         for precision in PRECISIONS:
-            served = targets.get(name).serve(
-                "attention", PLAIN, precision, device_capabilities(name)
-            )
-            assert served.style == STYLES[name] and served.precision == precision
+            served = target.serve("attention", PLAIN, precision, device_capabilities(style))
+            assert served.style == style and served.precision == precision
 
 
 # ---- compiled
@@ -392,10 +402,11 @@ COMPILED = tuple(
 def check_compiled(kinds: list[Attention], arch: str, folder: Path, precisions: Any) -> None:
     """Defaults for many queries and for one, without spills, on matrix units."""
     target, wanted = targets.get("cuda"), {}
-    for kind, precision, m in itertools.product(kinds, precisions, (0, 1)):
-        walk = walk_of("cuda", precision, kind)
-        config = walk.default(kind, target.capabilities, m)
-        one = generate_walk(walk, kind, target, config)
+    for kind, precision, (style, m) in itertools.product(
+        kinds, precisions, (("mma", 0), ("mma", 1), ("wgmma", 0))
+    ):
+        walk = walk_of(style, precision, kind)
+        one = generate_walk(walk, kind, target, walk.default(kind, target.capabilities, m))
         if serves(one, arch):
             entry = f"{one.entry}_{m}"
             source = one.source.replace(f"{one.entry}(", f"{entry}(")
@@ -403,20 +414,21 @@ def check_compiled(kinds: list[Attention], arch: str, folder: Path, precisions: 
     found = cuda_binaries.compiled(wanted.values(), arch, folder) if wanted else {}
     assert found.keys() == wanted.keys()
     for entry, binary in found.items():
-        name = f"{entry} for {arch}, {wanted[entry].config}"
+        kernel = wanted[entry]
+        name = f"{entry} for {arch}, {kernel.config}"
         assert binary.spilled == 0 and binary.stack == 0, f"{name} spills: {binary}"
         if disassembler() is None:
             continue
-        shape = attention_shape(
-            wanted[entry].config,
-            wanted[entry].subject,
-            wanted[entry].precision,  # type: ignore
-        )
-        copies = {side.piece for side in (shape.k, shape.v)}
-        assert binary.count("HMMA") and binary.count("LDSM") and binary.count("LDSM.MT88"), name
         assert binary.count("LDGSTS"), name
-        if 16 in copies:
+        fmt, elements = kernel.subject.k, kernel.subject.head_dim
+        if fmt.row_bytes(elements) % 16 == 0:
             assert binary.count("LDGSTS.128"), name
+        if kernel.walk.style == "mma":
+            assert binary.count("HMMA") and binary.count("LDSM") and binary.count("LDSM.MT88"), name
+        else:
+            assert binary.count("HGMMA"), name
+            # by which ptxas says that it makes products wait for each other
+            assert not any("C7510" in line or "wgmma" in line for line in binary.said), binary.said
 
 
 @without_compiler

@@ -284,7 +284,7 @@ class WarpgroupAttentionConfig(Config):
     """
 
     warps: int = choice(8, 4, 8, 12)
-    keys: int = choice(128, 64, 128)
+    keys: int = choice(128, 32, 64, 128)
     share: str = choice("query", "query", "group")
     splits: int = choice(1, 1, 2, 4, 8, 16, 32)
 
@@ -321,10 +321,12 @@ class WarpgroupAttentionConfig(Config):
         return cls(warps=4, share="group", splits=4) if 0 < m <= 64 else cls()
 
     def smaller(self) -> Self | None:
-        """Half the keys, then fewer warps."""
+        """64 keys, then fewer warps, then fewer keys."""
         if self.keys > 64:
             return dataclasses.replace(self, keys=64)
-        return dataclasses.replace(self, warps=self.warps - 4) if self.warps > 4 else None
+        if self.warps > 4:
+            return dataclasses.replace(self, warps=self.warps - 4)
+        return dataclasses.replace(self, keys=32) if self.keys > 32 else None
 
 
 #: threads of a SIMD-group, and rows of a matrix
