@@ -1,4 +1,4 @@
-"""Everything that a machine with a GPU can tell about the kernels, in one command of 8 minutes.
+"""Everything that a machine with a GPU can tell about the kernels, in one command of 9 minutes.
 
     python bench/gpu.py --out build/gpu     # results as they come, then a table and gpu.json
     python bench/gpu.py --plan              # what would be done, and for how long; needs no GPU
@@ -8,8 +8,9 @@
 It runs every CUDA and Triton kernel against numpy; measures what the device can do (bytes copied,
 multiplications by cuBLAS), and llama.cpp's kernels where its test-backend-ops is on the path; times
 every format and walk at several numbers of rows of activations, over so many copies of the weights
-that no cache holds them, on the device's own clock; has compute-sanitizer look at a sample, where
-it is on the path; tunes some kernels and writes presets.
+that no cache holds them, on the device's own clock; attention beside that of torch, where it is;
+has compute-sanitizer look at a sample, where it is on the path; tunes some kernels and writes
+presets.
 
 Each phase is a process of its own with a limit in seconds, and writes every result to
 OUT/gpu.jsonl at once: a crash or a timeout costs what was not measured yet, and nothing else.
@@ -55,7 +56,7 @@ PAST_THE_CACHE = 512 * 2**20
 FIRST = ("q4_K", "q8_0", "q6_K", "q4_0", "mxfp4", "iq4_nl", "q5_K", "q2_K", "q3_K")
 
 #: seconds for everything
-TOTAL = 480.0
+TOTAL = 540.0
 
 #: seconds after its limit that a phase has to end by itself
 _GRACE = 8.0
@@ -95,7 +96,12 @@ def plan(names: Sequence[str], scale: float = 1.0) -> list[Phase]:
         Phase("llama", "llama", 30, names[0]),
     ]
     if "cuda" in names:
-        phases += [Phase("times cuda", "times", 110, "cuda"), Phase("tune", "tune", 40, "cuda")]
+        phases += [
+            Phase("check attention", "check_attention", 30, "cuda", shares=jobs),
+            Phase("times cuda", "times", 110, "cuda"),
+            Phase("attention", "attention", 35, "cuda"),
+            Phase("tune", "tune", 40, "cuda"),
+        ]
         for tool in ("memcheck", "racecheck"):
             command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
             phases.append(Phase(tool, "sample", 40, "cuda", tool=command, quick=True))
@@ -223,6 +229,26 @@ def times_table(results: Results) -> Table:
     return table
 
 
+def attention_table(results: Results) -> Table:
+    """Times of attention beside torch's best of the same case."""
+    table = Table(title="attention, 32 heads that share 8")
+    for heading in ("case", "target", "format", "walk", "us", "GB/s", "TFLOP/s", "of torch"):
+        table.add_column(heading, justify="right" if heading in ("us", "GB/s") else "left")
+    rows = [r for r in results.of("attention") if "seconds" in r and "case" in r]
+    best: dict[str, float] = {}
+    for row in rows:
+        if row["target"] == "torch":
+            best[row["case"]] = min(best.get(row["case"], row["seconds"]), row["seconds"])
+    for row in sorted(rows, key=lambda r: (r["case"], r["seconds"])):
+        rival = best.get(row["case"])
+        table.add_row(
+            row["case"], row["target"], row["format"], row["walk"], f"{row['seconds'] * 1e6:.1f}",
+            f"{row['bytes_per_s'] / 1e9:.0f}", f"{row['ops_per_s'] / 1e12:.1f}",
+            f"{rival / row['seconds']:.2f}x" if rival else "",
+        )  # fmt: skip
+    return table
+
+
 def summary(results: Results) -> Iterator[str]:
     """Sentences about everything else."""
     for row in results.of("about"):
@@ -323,6 +349,8 @@ def main() -> int:
                 if "target" in r}  # fmt: skip
         absent = {name for name, reason in here.items() if reason}
     console.print(times_table(results))
+    if results.of("attention"):
+        console.print(attention_table(results))
     for sentence in summary(results):
         console.print(sentence, highlight=False, markup=False)
     path = options.out / "gpu.json"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_attention import check_attention, times_attention
 from gpu_timing import Timer, launches, timer_of
 
 from kernelgen import targets as target_list
@@ -431,5 +432,6 @@ def tune(context: Context) -> Iterator[Row]:
 
 PHASES: dict[str, Callable[[Context], Iterator[Row]]] = {
     "about": about, "check": check, "sample": sample, "ceilings": ceilings, "rivals": rivals,
-    "times": times, "tune": tune, "llama": llama,
+    "times": times, "tune": tune, "llama": llama, "check_attention": check_attention,
+    "attention": times_attention,
 }  # fmt: skip

@@ -288,13 +288,16 @@ def by_kernels(tensors: Mapping[str, QuantTensor], target: str, precision: str) 
     how: dict[str, Any] = {"target": target, "precision": precision, "norm_eps": _NORM.eps}
 
     def linear(name: str, x: Array, norm: Array | None, residual: Array | None) -> Array:
-        return api.matmul(x, tensors[name], norm=norm, residual=residual, **how)
+        y: Array = api.matmul(x, tensors[name], norm=norm, residual=residual, **how)
+        return y
 
     def gated(x: Array, norm: Array) -> Array:
-        return api_fused.gated_matmul(x, tensors["gate"], tensors["up"], norm=norm, **how)
+        y: Array = api_fused.gated_matmul(x, tensors["gate"], tensors["up"], norm=norm, **how)
+        return y
 
     def attend(q: Array, k: Array, v: Array) -> Array:
-        return api_attention.attention(q, k, v, causal=True, target=target)
+        y: Array = api_attention.attention(q, k, v, causal=True, target=target)
+        return y
 
     return Arithmetic(linear, gated, attend)
 

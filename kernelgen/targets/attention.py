@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
+
+from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.ops.attention import strides as strides
 from kernelgen.targets.base import Argument
@@ -54,3 +59,17 @@ def paged(kind: Attention) -> tuple[Argument, ...]:
         Argument("k", "in", "u8", (*shape, "K_BYTES")),
         Argument("v", "in", "u8", (*shape, "V_BYTES")),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def is_half(fmt: BlockFormat, precision: str) -> bool:
+    """Whether an element is stored as a number of this precision; found by trying all numbers."""
+    if not fmt.float_codes or (fmt.block, fmt.nbytes) != (1, 2):
+        return False
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    values = fmt.decode(patterns.view(np.uint8).reshape(-1, 2)).reshape(-1)
+    if precision == "fp16":
+        wanted = patterns.view(np.float16).astype(np.float32)
+    else:
+        wanted = (patterns.astype(np.uint32) << 16).view(np.float32)
+    return bool(np.array_equal(values, wanted, equal_nan=True))

@@ -77,10 +77,15 @@ class AttentionSteps:
         return tuple(dict.fromkeys((*self.k.scalar_because, *self.v.scalar_because)))
 
 
-@functools.lru_cache(maxsize=256)
 def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
     """The steps of a kind of attention."""
     assert isinstance(config, AttentionConfig)
+    return steps_for(kind, config.keys)
+
+
+@functools.lru_cache(maxsize=256)
+def steps_for(kind: Attention, keys: int) -> AttentionSteps:
+    """The steps of a kind of attention in tiles of so many keys."""
     strides = frozenset(name for one in kind.operands for name in one.strides)
 
     def spell(expr: Expr | None) -> Expr | None:
@@ -88,8 +93,8 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
 
     found = kind.tiles(Q, K, H)  # heads may lie side by side in a tile
     always, never = found.always, found.never
-    keys = var("length" if kind.lengths else "S", _SIZE, U32)
-    inside = logical_not(keys < var("k0", _SIZE, U32) + config.keys)
+    count = var(keys_of(kind), _SIZE, U32)
+    inside = logical_not(count < var("k0", _SIZE, U32) + keys)
     whole = None
     if always.op != "const" or always.attr:
         whole = cast(I32, inside if always.op == "const" else always & inside)
@@ -202,23 +207,23 @@ def _launch(config: Config, kind: Attention) -> Launch:
     tiles = f"-(-({rows}) // {config.rows})"
     groups = f"min(B * {heads} * {tiles} * {config.splits}, {MOST_GROUPS})"
     # with one group for each tile there are no parts
-    symbols = {"PARTS": str(config.splits if config.splits > 1 else 0), "PART": _part(kind)}
+    symbols = {"PARTS": str(config.splits if config.splits > 1 else 0), "PART": part(kind)}
     return Launch((groups, "1"), config.threads, symbols=symbols | dims(kind))
 
 
 def _combine_launch(config: Config, kind: Attention) -> Launch:
     assert isinstance(config, CombineConfig)
     groups = f"-(-(B * H * T * {kind.value_dim}) // {config.threads})"
-    symbols = dims(kind) | {"PARTS": "SPLITS", "PART": _part(kind)}
+    symbols = dims(kind) | {"PARTS": "SPLITS", "PART": part(kind)}
     return Launch((f"min({groups}, {MOST_GROUPS})", "1"), config.threads, symbols=symbols)
 
 
-def _part(kind: Attention) -> str:
+def part(kind: Attention) -> str:
     """Numbers that a group leaves of each query."""
     return str(kind.value_dim + 2)
 
 
-def _operands(kind: Attention) -> tuple[Argument, ...]:
+def operands(kind: Attention) -> tuple[Argument, ...]:
     """Arrays, and their strides."""
     strides = (name for one in kind.operands for name in one.strides)
     return (*paged(kind), *arrays(kind), *sizes(*strides, *(["PAGES"] if kind.page else [])))
@@ -247,7 +252,7 @@ def walks() -> tuple[Walk, ...]:
             steps=attention_steps,
             launch=_launch,
             then=lambda config: ("attention_combine",) * (config.as_dict()["splits"] > 1),
-            operands=_operands,
+            operands=operands,
             fits=_fits,
             buffers=("k", "v"),
         ),
@@ -255,7 +260,7 @@ def walks() -> tuple[Walk, ...]:
             name="combine",
             op="attention_combine",
             kind=Attention,
-            precision="fp32",
+            precision="",
             template="attention_combine.j2",
             config=CombineConfig,
             arguments=(
@@ -274,8 +279,14 @@ def _exp(text: str) -> Expr:
     return call("exp", number(text))
 
 
+def keys_of(kind: Attention) -> str:
+    """What the number of keys of a batch is called; S is what there is room for."""
+    return "length" if kind.lengths else "S"
+
+
 #: what the templates may call
 GLOBALS: dict[str, Any] = {
+    "keys_of": keys_of,
     "exp": _exp, "attention_shape": shape, "word_span": word_span,
     "lowest": const(LOWEST, F32), "not_admitted": const(NEVER, F32),
 }  # fmt: skip

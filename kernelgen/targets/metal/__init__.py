@@ -11,6 +11,7 @@ from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import MemorySteps, memory_steps
 from kernelgen.targets import simt, simt_attention
 from kernelgen.targets.base import Launch, Target, Walk
+from kernelgen.targets.metal import attention
 from kernelgen.targets.metal.dialect import MEMORY, MetalWords
 
 #: what every GPU of Apple's since the M1 has, from macOS 14 on; none multiplies bytes by fours
@@ -76,7 +77,7 @@ def _walks() -> tuple[Walk, ...]:
         _matrix("fp16", HalfMatrixTileConfig, shared),
         _matrix("bf16", HalfMatrixTileConfig, shared),
     )
-    return (*matrices, *shared, *simt_attention.walks())
+    return (*matrices, *shared, *simt_attention.walks(), *attention.walks())
 
 
 TARGET = Target(
@@ -88,10 +89,11 @@ TARGET = Target(
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
+    | attention.GLOBALS
     | simt.template_globals(MetalWords())
     | {"words": "words.metal", "run_of": run_of},
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | _KEYWORDS,
+    reserved=simt.RESERVED | simt_attention.RESERVED | attention.RESERVED | _KEYWORDS,
     feature_names={
         "bf16": "MTLLanguageVersion3_1",
         "fp16": "",
