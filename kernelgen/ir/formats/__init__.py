@@ -6,16 +6,28 @@ from typing import Any
 
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.formats.codebooks import IQ4_NL, MXFP4
+from kernelgen.ir.formats.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from kernelgen.ir.formats.floats import BF16, F16, F32
+from kernelgen.ir.formats.grids import (
+    IQ1_M,
+    IQ1_S,
+    IQ2_S,
+    IQ2_XS,
+    IQ2_XXS,
+    IQ3_S,
+    IQ3_XXS,
+)
 from kernelgen.ir.formats.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
 from kernelgen.ir.formats.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
+from kernelgen.ir.formats.ternary import Q1_0, TQ1_0, TQ2_0
 
 FORMATS: tuple[BlockFormat, ...] = (
     F32, F16, BF16,
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1,
     Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K,
-    IQ4_NL, MXFP4,
+    IQ4_NL, IQ4_XS, MXFP4, NVFP4,
+    IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S,
+    TQ1_0, TQ2_0, Q1_0,
 )  # fmt: skip
 
 _by_name = {f.name.lower(): f for f in FORMATS}

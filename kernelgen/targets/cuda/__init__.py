@@ -13,7 +13,7 @@ _KEYWORDS = frozenset(
     " double else enum explicit export extern false float for friend goto if inline int long"
     " mutable namespace new operator private protected public register return short signed sizeof"
     " static struct switch template this throw true try typedef typename union unsigned using"
-    " virtual void volatile while bytes dot4 lookup max min nearest rintf spread1 i32 u32 f32"
+    " virtual void volatile while bytes dot4 lookup max min nearest rintf negate_bytes spread1 i32 u32 f32"
     " blockDim blockIdx gridDim threadIdx warpSize u16_bytes u16_aligned u32_aligned u32_halves"
     " CHUNK DEPTH PAD SLABS SLAB_BLOCKS SLAB_GROUPS STAGES STEPS SUMS TILE_BYTES WARP_N X_BLOCKS"
     " X_BYTES X_GROUPS X_PIECES a acc arrived b both code_value column copies_end copy16 copy4"
