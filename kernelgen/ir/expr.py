@@ -10,7 +10,8 @@ Types
     bool       result of a comparison
 
 Loads from a field of a block give i32 (u8, i8, u16, i16 fields), u32 (u32) or f32 (f16, f32).
-The packed operations (`word`, `spread`, `lookup`, `negate`) are written by `kernelgen.ir.lanes` only: they
+The packed operations (`word`, `spread`, `lookup`, `negate`) are written by `kernelgen.ir.lanes`
+only: they
 treat a u32 as four bytes, lowest first.
 """
 
@@ -344,6 +345,17 @@ def bitcast(dtype: DType, x: Expr) -> Expr:
     if BOOL in (dtype, x.dtype):
         raise ExprError(f"bool has no 32 bits to reinterpret: {x}")
     return Expr("bitcast", dtype, (x,))
+
+
+def binary16(bits: Expr) -> Expr:
+    """The number, f32, that 16 bits, 0..65535, stand for in IEEE 754 binary16,
+    whatever a device does with subnormal ones."""
+    exponent, mantissa = (bits >> 10) & 31, bits & 1023
+    small = bitcast(I32, cast(F32, mantissa) * 2.0**-24)
+    normal = ((exponent + 112) << 23) | (mantissa << 13)
+    beyond = (mantissa << 13) | 0x7F800000
+    size = where(equal(exponent, 0), small, where(equal(exponent, 31), beyond, normal))
+    return bitcast(F32, size | ((bits >> 15) << 31))
 
 
 def where(condition: Expr, a: Scalar, b: Scalar) -> Expr:

@@ -261,10 +261,9 @@ def _pack_table(expr: Expr, lane: Expr) -> Expr:
         return table(values.words, simplify(affine[0] // LANES))
     if len(values) > 16 or not fits(index, 0, 15) or not expr.dtype.is_int:
         raise _NotPackable(f"a byte shuffle takes up to 16 integers: {show(expr)}")
-    lo, hi = interval(index)
     step = values[1] - values[0] if len(values) > 1 else 0
     even = all(v == values[0] + n * step for n, v in enumerate(values))
-    if even and hi < len(values) and step >= 0 and values[0] >= 0 and bytes_:
+    if even and interval(index)[1] < len(values) and step >= 0 and values[0] >= 0 and bytes_:
         return _pack(index, lane) * step + splat(values[0])
     return lookup(tuple(values), _pack(index, lane))
 
@@ -324,6 +323,7 @@ def _pack_minus(expr: Expr, lane: Expr) -> Expr:
 
 _HANDLERS: dict[str, Callable[[Expr, Expr], Expr]] = {
     "load": _pack_load, "&": _pack_and, "|": _pack_or, "^": _pack_or, ">>": _pack_shift_right,
-    "<<": _pack_no_carry, "+": _pack_no_carry, "*": _pack_no_carry, "-": _pack_minus, "cast": _pack_cast,
+    "<<": _pack_no_carry, "+": _pack_no_carry, "*": _pack_no_carry, "-": _pack_minus,
+    "cast": _pack_cast,
     "table": _pack_table, "select": _pack_select, "named": lambda e, lane: _pack(e.args[0], lane),
 }  # fmt: skip

@@ -64,4 +64,5 @@ NVFP4 = BlockFormat(
         MXFP4_VALUES, (b.qs[8 * (i // 16) + i % 8] >> (4 * (i // 8 % 2))) & 15
     ),
     scale=lambda b, g: half_ue4m3(b.d[g]),
+    largest={"d": 0x7E},  # there is no sign; 0x7F is no number
 )  # fmt: skip

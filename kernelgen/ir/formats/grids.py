@@ -30,7 +30,6 @@ import numpy as np
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, Scalar, Table, cast, const, equal, table, where
 from kernelgen.ir.formats.grid_data import GRIDS
-from kernelgen.ir.formats.narrow_floats import binary16
 
 SOURCE = "ggml: ggml-common.h, block_iq2_xxs ... block_iq1_m and the grids; ggml-quants.c"
 
@@ -44,7 +43,8 @@ def grid(name: str, values: Sequence[int]) -> Table:
     """A grid, row after row."""
     bits, packed = GRIDS[name]
     raw = np.frombuffer(base64.b64decode(packed), np.uint8)
-    indices = raw[:, None] >> np.arange(0, 8, bits, np.uint8) & ((1 << bits) - 1)
+    shifts = np.arange(0, 8, bits).astype(np.uint8)
+    indices = raw[:, None] >> shifts & ((1 << bits) - 1)
     return Table(np.array(values)[indices].ravel().tolist())
 
 
@@ -88,9 +88,7 @@ def _nibble(b: Any, g: Expr) -> Expr:
 
 def _d_of_iq1_m(b: Any) -> Expr:
     first, second, third, fourth = (b.scales[n] for n in range(4))
-    return binary16(
-        (first >> 12) | ((second >> 8) & 0xF0) | ((third >> 4) & 0xF00) | (fourth & 0xF000)
-    )
+    return (first >> 12) | ((second >> 8) & 0xF0) | ((third >> 4) & 0xF00) | (fourth & 0xF000)
 
 
 IQ2_XXS = BlockFormat(
@@ -154,10 +152,11 @@ IQ1_M = BlockFormat(
     name="iq1_m", block=256, group=16, nbytes=56, source=SOURCE,
     fields={"qs": "u8[32]", "qh": "u8[16]", "scales": "u16[4]"},
     ints={"sc": lambda b, g: _bits(b.scales[g // 4], 3 * (g % 4), 3)},
+    halves={"d": _d_of_iq1_m},
     code=lambda b, i: _iq1(
         b.qs[i // 8] | (_bits(b.qh[i // 16], 4 * (i // 8 % 2), 3) << 8),
         _bits(b.qh[i // 16], 4 * (i // 8 % 2) + 3, 1), i,
     ),
-    scale=lambda b, g: _d_of_iq1_m(b) * (b.sc[g] * 2 + 1) * 0.125,
+    scale=lambda b, g: b.d * (b.sc[g] * 2 + 1) * 0.125,
     bias=9,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Floats of eight and 16 bits that are not fields of their own, as expressions of their bits.
+"""Floats of eight bits as expressions of their bits.
 
 Nothing here depends on what a device does with subnormal numbers.
 """
@@ -27,13 +27,3 @@ def half_ue4m3(x: Expr) -> Expr:
     normal = bitcast(F32, ((exponent + 119) << 23) | (mantissa << 20))
     small = cast(F32, mantissa) * 2.0**-10
     return where(equal(x, 0x7F), 0.0, where(equal(exponent, 0), small, normal))
-
-
-def binary16(bits: Expr) -> Expr:
-    """The number, f32, that 16 bits, 0..65535, stand for in IEEE 754 binary16."""
-    exponent, mantissa = (bits >> 10) & 31, bits & 1023
-    small = bitcast(I32, cast(F32, mantissa) * 2.0**-24)
-    normal = ((exponent + 112) << 23) | (mantissa << 13)
-    beyond = (mantissa << 13) | 0x7F800000
-    size = where(equal(exponent, 0), small, where(equal(exponent, 31), beyond, normal))
-    return bitcast(F32, size | ((bits >> 15) << 31))

@@ -46,6 +46,7 @@ TQ2_0 = BlockFormat(
     code=lambda b, i: (b.qs[32 * (i // 128) + i % 32] >> (2 * (i // 32 % 4))) & 3,
     scale=lambda b, g: b.d,
     bias=1,
+    largest={"code": 2},  # all decoders take 3 for 2 * d, and none expects it
 )  # fmt: skip
 
 Q1_0 = BlockFormat(

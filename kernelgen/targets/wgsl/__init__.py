@@ -13,8 +13,9 @@ _KEYWORDS = frozenset(
     "alias array atomic bitcast bool break case const const_assert continue continuing default"
     " diagnostic discard else enable f16 f32 false fn for function groups i32 if let loop local_id"
     " group_id override private ptr read return sizes storage struct switch texture true u32"
-    " uniform var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest negate_bytes spread1"
-    " pack_bytes load_u8 load_i8 load_u16 load_u32 load_f16 f32_bits bits_f32 new self this".split()
+    " uniform var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest"
+    " negate_bytes spread1 pack_bytes load_u8 load_i8 load_u16 load_u32 load_f16 f32_bits bits_f32"
+    " new self this".split()
 )
 
 
