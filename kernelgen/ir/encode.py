@@ -161,6 +161,14 @@ def encode(
     return flat.reshape(*shape, fmt.nbytes)
 
 
+def put_half(fmt: BlockFormat, blocks: Array, name: str, values: Array) -> None:
+    """Write one of the format's `halves` into blocks, uint8 (n, nbytes): f16 values (n,)."""
+    where = group_bits(fmt)[name]
+    for at in where.position.ravel():
+        blocks[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
+    scatter(blocks, values.astype("<f2").view("<u2")[:, None], where)
+
+
 def _given(name: str, ints: Mapping[str, Array], fields: Mapping[str, Array]) -> Array:
     """Integers of groups, or the bits of a float."""
     if name in ints:

@@ -198,7 +198,7 @@ def _lists(rows: Array) -> list[Rows]:
 
 def _even(cells: Cells) -> int:
     """How many elements have an even number of signs together; 0 where each is free."""
-    n = cells.elements.shape[1]
+    n = int(cells.elements.shape[1])
     if n == 1:
         return 0
     rows = cells.rows[0]

@@ -226,10 +226,10 @@ RESERVED = frozenset(
     "ACT BLOCK COLUMNS DEPTH GROUP ITEMS K M N ROWS START STEP THREADS THREAD_M THREAD_N TILE_M"
     " TILE_N WORDS acc at block blocks bits byte c code codebook codes column d dot element factor"
     " finite first first_m first_n from_half g group group_x group_y groups_x groups_y half i"
-    " ids index item j k k0 l lane largest m m0 magnitude n offset part place q q0 q1 q2 q3 r rounded row"
-    " row0 s scale second sum subgroup subgroup_sum subgroups swap t thread to_half top total u"
-    " value value0 value1 value2 value3 values w wo word wq ws wt x xd xdt xq xqt xs xst xt"
-    " y".split()
+    " ids index item j k k0 l lane largest m m0 magnitude n offset part place q q0 q1 q2 q3 r"
+    " rounded row row0 s scale second sum subgroup subgroup_sum subgroups swap t thread to_half"
+    " top total u value value0 value1 value2 value3 values w wo word wq ws wt x xd xdt xq xqt xs"
+    " xst xt y".split()
 )
 
 
