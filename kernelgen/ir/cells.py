@@ -64,7 +64,8 @@ class Cells:
         return len(np.unique(self.rows[0], axis=0)) == int(np.prod(values))
 
     def stored(self, codes: Array) -> Iterator[tuple[Array, Bits]]:
-        """Integers and where their bits go, for codes (blocks, block) that the cells can have."""
+        """Integers and where their bits go, for codes (blocks, block); -1 for codes that the cells
+        cannot have."""
         wanted = codes[:, self.elements]  # (blocks, cells, n)
         found = [_find(rows, wanted) for rows in self.rows]
         if self.mode is None:
@@ -77,8 +78,6 @@ class Cells:
             chosen = np.stack(lacks, axis=-1).argmin(axis=0)  # (blocks, modes' bits)
             yield chosen, Bits(shared[:, None])
             index = np.take_along_axis(np.stack(found), chosen[None][..., which], axis=0)[0]
-        if (index < 0).any():
-            raise FormatError("codes were to be encoded that the format's cells do not have")
         yield index, self.bits
 
 
@@ -128,20 +127,15 @@ def parts_of(fmt: BlockFormat) -> tuple[Part, ...]:
 def _cells(fmt: BlockFormat, expr: Expr) -> tuple[Cells, ...]:
     bits, touched = _influence(fmt, expr)  # (bits,), (bits, elements)
     modes = np.zeros(len(bits), bool)
-    found = _components(touched)
-    if (
-        max(len(b) for b, _ in found) > _MOST_BITS
-    ):  # bits that several cells share hold them together
+    found = _components(touched) if len(bits) else [(bits, np.arange(fmt.block))]
+    if max(len(b) for b, _ in found) > _MOST_BITS:
+        # bits that several cells share hold them together
         reach = touched.sum(axis=1)
         modes = reach == reach.max()
         found = _components(touched & ~modes[:, None])
     found = [(b, e) for b, e in found if len(e)]
     if any(not 0 < len(b) <= _MOST_BITS for b, _ in found):
-        raise FormatError(
-            f"format {fmt.name} cannot be encoded from its description, because too many of its"
-            " codes share bits, or do not depend on any; it can be decoded and multiplied, but"
-            " needs an encoder of its own"
-        )
+        raise _unknown(fmt)
     kinds: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
     for b, e in found:
         kinds.setdefault((len(b), len(e)), []).append((b, e))
@@ -190,7 +184,10 @@ def _kind(
     mode = None
     if modes.any():
         numbers = np.flatnonzero(modes)
-        owner = touched[numbers][:, elements[:, 0]].argmax(axis=0)
+        shared = touched[numbers][:, elements].any(axis=2)  # (mode bits, cells)
+        if (shared.sum(axis=0) != 1).any():
+            raise _unknown(fmt)
+        owner = shared.argmax(axis=0)
         mode = bits[numbers[owner]]
     values = np.arange(1 << position.shape[1])
     rows = []
@@ -203,10 +200,15 @@ def _kind(
                 blocks[:, at // 8] |= ((values >> k & 1) << (at % 8)).astype(np.uint8)
         seen = _values(fmt, expr, blocks)[:, elements]  # (values, cells, n)
         if (seen != seen[:, :1]).any():
-            raise FormatError(
-                f"format {fmt.name} cannot be encoded from its description, because parts of its"
-                " block with as many bits mean different codes; it can be decoded and multiplied,"
-                " but needs an encoder of its own"
-            )
+            raise _unknown(fmt)
         rows.append(seen[:, 0].astype(np.int64))
     return Cells(elements, Bits(bits[position]), np.stack(rows), mode)
+
+
+def _unknown(fmt: BlockFormat) -> FormatError:
+    return FormatError(
+        f"format {fmt.name} cannot be encoded from its description, because its codes do not depend"
+        f" on bits of their own, nor on at most {_MOST_BITS} bits that few of them share, in the"
+        " same way all over the block; it can be decoded and multiplied, but needs an encoder of its"
+        " own"
+    )

@@ -52,6 +52,7 @@ def group_bits(fmt: BlockFormat) -> Mapping[str, Bits]:
 @functools.lru_cache(maxsize=256)
 def is_shuffled(fmt: BlockFormat) -> bool:
     """Whether every bit of a code is one bit of the block; else codes come in cells."""
+    _quantity(fmt, CODE)  # floats are neither
     try:
         bit_positions(fmt)
     except FormatError:
@@ -155,6 +156,11 @@ def encode(
     if not shuffled:
         for part in cells.parts_of(fmt):
             for numbers, where in part.stored(np.asarray(codes).reshape(len(flat), fmt.block)):
+                if (numbers < 0).any():
+                    raise FormatError(
+                        f"codes that {fmt.name} cannot say were to be encoded: some of its codes"
+                        " share bits, and what one can be depends on others"
+                    )
                 scatter(flat, numbers, where)
     for name, derived in fmt.derived.items():
         _fill_derived(fmt, flat, name, derived.chunk)

@@ -102,10 +102,16 @@ def _pack(expr: Expr, lane: Expr) -> Expr:
     handler = _HANDLERS.get(expr.op)
     if handler is None:
         raise _NotPackable(f"{expr.op} has no packed form: {show(expr)}")
-    if expr.op in ("&", ">>") and _is_wide(expr.args[0]):
-        even, odd = _pack_wide(expr, lane)
+    try:
+        return handler(expr, lane)
+    except _NotPackable as reason:
+        if expr.op not in ("&", ">>") or not _is_wide(expr.args[0]) or not fits(expr, 0, 255):
+            raise
+        try:
+            even, odd = _pack_wide(expr, lane)
+        except _NotPackable:
+            raise reason from None
         return even | (odd << 8)
-    return handler(expr, lane)
 
 
 # ---- lanes of 16 bits --------------------------------------------------------------------------
@@ -134,6 +140,9 @@ def _pack_wide(expr: Expr, lane: Expr) -> tuple[Expr, Expr]:
             kept = (const(0xFFFF, U32) >> by) * _PAIR
             return even & kept, odd & kept
         return even, odd
+    if expr.op == "+" and all(fits(e, 0, 0xFFFF) for e in (expr, *expr.args)):
+        left, right = (_pack_wide(side, lane) for side in expr.args)
+        return left[0] + right[0], left[1] + right[1]
     if not fits(expr, 0, 255):
         raise _NotPackable(f"{expr.op} has no packed form for 16 bits: {show(expr)}")
     word_ = _pack(expr, lane)

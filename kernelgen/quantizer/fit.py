@@ -103,6 +103,8 @@ class Elements:
                 reach = np.maximum(reach, low / self.levels.low)
             for margin in self.levels.margins:
                 yield reach * (sign / (1 + 2 * margin / (self.levels.last + 2))), None
+            for end in self.levels.ends:
+                yield np.maximum(high, -low) * np.float32(sign / end), None
 
     def _both_ends(self) -> Iterator[tuple[Array, Array | None]]:
         """Scales and offsets that bring both ends of a group to margins beyond the levels."""

@@ -43,6 +43,8 @@ class Grid(Levels):
         both = [np.concatenate([-rows, rows]) if self._signed else rows for rows in modes]
         values = np.unique(np.concatenate(both)).astype(np.float64)
         super().__init__(values, values)
+        if self._signed:  # a row of equal codes is one of the smallest
+            self.ends = (float(values[values > 0][0]),)
         runs = np.arange(fmt.block).reshape(-1, self._cell)
         if fmt.bias != self._bias or not np.array_equal(cells.elements, runs):
             raise _unknown(fmt)
@@ -122,7 +124,7 @@ class Rows:
         # the row with given levels, by their numbers; -1: there is none
         self._of_levels = np.full(len(self._levels) ** rows.shape[1], -1, np.int32)
         digits = np.searchsorted(self._levels, self.rows)
-        self._of_levels[digits @ self._weights] = np.arange(len(rows))
+        self._of_levels[digits @ self._weights] = np.arange(len(self.rows))
         self._doubled, self._squares = 2 * self.rows.T, self.rows.T**2
         self._augmented = np.concatenate([self._doubled, -self._squares.sum(axis=0)[None]])
 

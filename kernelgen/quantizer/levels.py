@@ -17,11 +17,13 @@ class Levels:
     """Numbers that a format can express, ascending, and the integer that stands for each.
 
     margins      first scales: the element furthest out lies so many steps beyond the last level
+    ends         first scales besides: those that bring it to one of these levels
     refinements  how often codes are chosen, and the scale solved for, from each first scale
     rounds       how often stored floats are solved for again
     """
 
     margins: tuple[float, ...] = (-0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
+    ends: tuple[float, ...] = ()
     refinements = 2
     rounds = 2
 
