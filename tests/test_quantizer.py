@@ -506,7 +506,7 @@ NO_QUANTIZER: list[BlockFormat] = [
     described(
         "signs_bound", {"d": "f16"},
         code=lambda b, i: where(
-            equal((b.qs[i // 4] >> 6) & 1, 1), 0 - ((b.qs[i // 4] & 15) + 1), (b.qs[i // 4] & 15) + 1
+            equal(b.qs[i // 4] >> 7, 1), 0 - ((b.qs[i // 4] & 15) + 1), (b.qs[i // 4] & 15) + 1
         ),
     ),
     described("scaled_floats", {"d": "f16"}, code=lambda b, i: small_float(b.qs[i // 4])),

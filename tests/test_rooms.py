@@ -45,6 +45,8 @@ LEVELS = (
         "cli",
         "demo",
         "files",
+        "starter",
+        "vectors",
         "verify",
         "verify_attention",
     ),

@@ -209,6 +209,6 @@ def _unknown(fmt: BlockFormat) -> FormatError:
     return FormatError(
         f"format {fmt.name} cannot be encoded from its description, because its codes do not depend"
         f" on bits of their own, nor on at most {_MOST_BITS} bits that few of them share, in the"
-        " same way all over the block; it can be decoded and multiplied, but needs an encoder of its"
-        " own"
+        " same way all over the block; it can be decoded and multiplied, but needs an encoder of"
+        " its own"
     )

@@ -33,10 +33,13 @@ class Grid(Levels):
 
     def __init__(self, fmt: BlockFormat, parts: tuple[Part, ...]) -> None:
         """`parts`: of `kernelgen.ir.cells.parts_of`."""
-        (cells,), *signs = (part.cells for part in parts)
+        kinds, *signs = (part.cells for part in parts)
+        if any(len(one) != 1 for one in (kinds, *signs)):
+            raise _unknown(fmt)
+        (cells,) = kinds
         self._signed = bool(signs)
         self._cell = cells.elements.shape[1]
-        self._even = _even(signs[0][0]) if self._signed else 0
+        self._even = _even(fmt, signs[0]) if self._signed else 0
         self._bias = 0 if self._signed else fmt.bias
         modes = [rows - self._bias for rows in cells.rows]
         self._modes = [_lists(rows) for rows in modes]
@@ -198,8 +201,9 @@ def _lists(rows: Array) -> list[Rows]:
     return [Rows(rows)]
 
 
-def _even(cells: Cells) -> int:
+def _even(fmt: BlockFormat, kinds: tuple[Cells, ...]) -> int:
     """How many elements have an even number of signs together; 0 where each is free."""
+    (cells,) = kinds
     n = int(cells.elements.shape[1])
     if n == 1:
         return 0
@@ -207,8 +211,8 @@ def _even(cells: Cells) -> int:
     if len(cells.rows) == 1 and len(rows) == 1 << (n - 1) and not (rows.sum(axis=1) % 2).any():
         return n
     raise FormatError(
-        "a format has no quantizer, because the signs of its codes are bound to each other in"
-        " another way than by their number being even"
+        f"format {fmt.name} has no quantizer, because the signs of its codes are bound to others"
+        " in another way than by their number being even"
     )
 
 
