@@ -16,6 +16,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import show
 from kernelgen.ir.layout import PLANES, ROWS8, unit_bytes
 from kernelgen.ir.ops.attention import Attention, causal, trace
+from kernelgen.ir.steps import codebook
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import OPS, Kernel, Target
 
@@ -82,7 +83,7 @@ def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
         "walk": kernel.walk.name, "config": kernel.config.as_dict(), "hash": kernel.hash,
         "file": file_name(kernel, target), "entry": kernel.entry,
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
-        "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
+        **_tables(kernel), "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
         "features": _features(kernel, target),
         "planes": _planes(kernel), "rows8": _rows8(kernel),
         "needs": {op: k.entry for op, k in kernel.needs.items()},
@@ -105,6 +106,14 @@ def _subject(kernel: Kernel) -> dict[str, Any]:
     return {
         "format": fmt.name, "block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes,
     }  # fmt: skip
+
+
+def _tables(kernel: Kernel) -> dict[str, Any]:
+    """The numbers of arguments that are tables, by name."""
+    names = [a.name for a in kernel.arguments if a.role == "table"]
+    return (
+        {"tables": {name: list(codebook(kernel.format) or ()) for name in names}} if names else {}
+    )
 
 
 def _features(kernel: Kernel, target: Target) -> list[str]:

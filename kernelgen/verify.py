@@ -15,6 +15,7 @@ from kernelgen.config import Config
 from kernelgen.errors import FormatError, KernelgenError, TargetError
 from kernelgen.generate import generate, generate_walk
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.encode import put_half
 from kernelgen.ir.ops import Activations, matmul, quantize_activations
 from kernelgen.ir.ops.matmul import SMALLEST
 from kernelgen.problem import MATVEC_ROWS, relative_error, rounded, size_of_sums, tolerance
@@ -186,8 +187,8 @@ def int8_errors(kernel: Kernel, runtime: Runtime) -> tuple[float, float]:
     fmt = kernel.format
     m = 4 if kernel.op == "matvec" else 16
     n, k = 64, -(-1024 // fmt.block) * fmt.block
-    exact = _normal(n, k, 7)
-    w = QuantTensor(fmt, (n, k), sample_weights(fmt, n, k, exact))
+    exact, blocks = _measured(fmt, n, k)
+    w = QuantTensor(fmt, (n, k), blocks)
     x = _normal(m, k, 8)
     y = np.full((m, n), np.nan, np.float32)
     runtime.matmul(kernel)(x, w, y)
@@ -222,12 +223,31 @@ def random_blocks(fmt: BlockFormat, n: int, k: int) -> Array:
     for one in fmt.layout_fields:
         if one.storage.name in ("f16", "f32"):
             fields[one.name] = rng.uniform(-1, 1, fields[one.name].shape)
-    return fmt.join(fields).reshape(n, -1)
+    made = fmt.join(fields)
+    for name in fmt.halves:
+        put_half(fmt, made, name, rng.uniform(-1, 1, len(made)))
+    return made.reshape(n, -1)
 
 
 @functools.lru_cache(maxsize=256)
 def _sample(fmt: BlockFormat, n: int, k: int) -> Array:
-    return sample_weights(fmt, n, k, _normal(n, k, n * k))
+    """Blocks drawn from a pool of a few thousand elements: some quantizers take their time."""
+    pool = _pool(fmt)
+    chosen = np.random.default_rng(n * k).integers(0, len(pool), n * (k // fmt.block))
+    return pool[chosen].reshape(n, -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _pool(fmt: BlockFormat) -> Array:
+    count = max(64, 4096 // fmt.block)
+    return sample_weights(fmt, count, fmt.block, _normal(count, fmt.block, 9))
+
+
+@functools.lru_cache(maxsize=256)
+def _measured(fmt: BlockFormat, n: int, k: int) -> tuple[Array, Array]:
+    """Normal weights, float32 (n, k), and their blocks."""
+    exact = _normal(n, k, 7)
+    return exact, sample_weights(fmt, n, k, exact)
 
 
 def sample_weights(fmt: BlockFormat, n: int, k: int, exact: Array | None = None) -> Array:

@@ -30,7 +30,12 @@ from tests.made_up import THREE_BITS
 Array = npt.NDArray[Any]
 
 #: one of each kind: K-quants with and without minima, blocks of odd size, tables, plain floats
-SAMPLE = tuple(formats.get(n) for n in ("q4_K", "q6_K", "q4_0", "q5_0", "mxfp4", "iq4_nl", "f16"))
+SAMPLE = tuple(
+    map(
+        formats.get,
+        ("q4_K", "q6_K", "q4_0", "q5_0", "mxfp4", "iq4_nl", "f16", "iq2_xs", "tq1_0"),
+    )
+)
 
 #: names that languages, templates and helpers use themselves; two fields at odd addresses
 AWKWARD = BlockFormat(

@@ -37,7 +37,7 @@ pytestmark = needs_clang
 
 METAL = targets.get("metal")
 METAL_EMULATED = METAL.runtime(EMULATED)
-SAMPLE = ("q4_K", "iq4_nl", "f16")
+SAMPLE = ("q4_K", "iq4_nl", "f16", "iq3_xxs")
 SAMPLED = [*(formats.get(name) for name in SAMPLE), THREE_BITS]
 OTHERS = [fmt for fmt in formats.FORMATS if fmt.name not in SAMPLE]
 EACH = [*SAMPLED, *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in OTHERS)]

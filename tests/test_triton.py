@@ -132,7 +132,7 @@ def product_error(kernel: Kernel, m: int, n: int, blocks: int) -> float:
 # ---- against the reference ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["q4_K", "mxfp4", "bf16"])
+@pytest.mark.parametrize("name", ["q4_K", "mxfp4", "bf16", "iq2_xs"])
 def test_verified(name: str) -> None:
     results = list(verify(TARGET, [formats.get(name)]))
     ops = {r.op for r in results}

@@ -14,7 +14,16 @@ import typer
 from typer.core import TyperGroup
 
 from kernelgen import __version__
-from kernelgen.cli import accuracy, building, catalogue, checking, emulate, tensors, tuning
+from kernelgen.cli import (
+    accuracy,
+    building,
+    catalogue,
+    checking,
+    describing,
+    emulate,
+    tensors,
+    tuning,
+)
 from kernelgen.cli.terminal import complain
 from kernelgen.errors import KernelgenError
 
@@ -82,6 +91,8 @@ for _name, _command in (
     ("emulate", emulate.emulate),
     ("quantize", tensors.quantize),
     ("inspect", tensors.inspect),
+    ("vectors", describing.vectors),
+    ("new-format", describing.new_format),
 ):
     app.command(_name)(_command)
 tuning.register(app)

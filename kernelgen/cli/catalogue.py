@@ -31,6 +31,7 @@ from kernelgen.errors import ConfigError
 from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.steps import code_word
 from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import OPS, Target
 from kernelgen.verify_epilogue import KINDS
@@ -42,6 +43,7 @@ class Cell:
 
     how         "run", "emulated", "compiled": what its results are worth here; or "none"
     precisions  that it offers; empty where the op has no such choice
+    decode      "packed", "scalar" or "floats"
     notes       what is slower than it should be, such as decode lane by lane
     reason      why there is none
     """
@@ -51,6 +53,7 @@ class Cell:
     format: str
     how: str
     precisions: tuple[str, ...]
+    decode: str
     notes: tuple[str, ...]
     reason: str | None
 
@@ -66,7 +69,7 @@ def _cell(target: Target, op: str, fmt: BlockFormat, how: str, unavailable: str 
         reason = next(filter(None, refusals.values()), "it has no walk for this op")
     return Cell(
         target.name, op, fmt.name, how if reason is None else "none",
-        tuple(filter(None, offers)), tuple(dict.fromkeys(notes)), reason,
+        tuple(filter(None, offers)), decoded(fmt), tuple(dict.fromkeys(notes)), reason,
     )  # fmt: skip
 
 
@@ -94,11 +97,16 @@ def _print_cells(
     by_place = {(cell.format, cell.op): cell for cell in cells}
     ops = [op for op in OPS if any(walk.op == op for walk in target.walks)]
     shown = table(
-        "format", "bits", *ops, right=["bits"], title=f"{target.name}: {target.description}"
+        "format",
+        "bits",
+        "decode",
+        *ops,
+        right=["bits"],
+        title=f"{target.name}: {target.description}",
     )
     for fmt in formats:
         row = [by_place[fmt.name, op] for op in ops]
-        shown.add_row(fmt.name, f"{fmt.bits:g}", *map(_words, row))
+        shown.add_row(fmt.name, f"{fmt.bits:g}", decoded(fmt), *map(_words, row))
     out = console()
     out.print(shown)
     said = [f"* {cell.format}: {note}" for cell in cells for note in cell.notes]
@@ -129,6 +137,14 @@ def _fused_words(target: Target) -> str:
     }
     norm = f"RMSNorm ({', '.join(sorted(inside))})" if inside else "no RMSNorm"
     return f"epilogues, gated pairs, {norm}; kernelgen verify --epilogue all runs them"
+
+
+def decoded(fmt: BlockFormat) -> str:
+    """How codes are decoded: "packed" (four at once), "scalar" (one by one), or that there are none
+    but "floats"."""
+    if fmt.float_codes:
+        return "floats"
+    return "scalar" if code_word(fmt).scalar_because else "packed"
 
 
 def _words(cell: Cell) -> str:

@@ -26,6 +26,7 @@ from kernelgen.ir.expr import (
     STORAGES,
     Expr,
     Field,
+    binary16,
     cast,
     const,
     load,
@@ -34,7 +35,7 @@ from kernelgen.ir.expr import (
     substitute,
     var,
 )
-from kernelgen.ir.ranges import interval
+from kernelgen.ir.ranges import fits, interval
 
 Array = npt.NDArray[Any]
 
@@ -72,9 +73,11 @@ class Block:
                 if fmt.fields[name].endswith("]"):
                     return FieldView(name, functools.partial(load, one))
                 return load(one, 0)
+        if name in fmt.halves:
+            return fmt.half_expr(name)
         if name in fmt.ints:
             return FieldView(name, functools.partial(fmt.int_expr, name))
-        known = ", ".join([*fmt.fields, *fmt.ints])
+        known = ", ".join([*fmt.fields, *fmt.halves, *fmt.ints])
         raise FormatError(f"format {fmt.name} has no field {name}; it has {known}")
 
 
@@ -102,6 +105,17 @@ class Written:
         return substitute(self.expr, {self.index: index})
 
 
+@dataclass(frozen=True)
+class WrittenBits:
+    """The same of a function of the block alone."""
+
+    expr: Expr
+
+    def __call__(self, block: object) -> Expr:
+        """The expression."""
+        return self.expr
+
+
 @dataclass(frozen=True, eq=False)
 class BlockFormat:
     """A block quantization format.
@@ -119,7 +133,11 @@ class BlockFormat:
               unsigned integers, which pack and multiply best
     offset    (b, g) -> f32, default 0
     ints      integers that belong to a group, by name, usable as b.name[g] in scale and offset
+    halves    f16 numbers of the block whose bits are not a field: name -> (b) -> the 16 bits, an
+              integer; usable as b.name
     derived   fields computed from the codes (see `Derived`)
+    largest   largest integers that encoders write where more would fit: by the name of a group
+              integer or an integer field, or "code"
     source    where the format is defined
     """
 
@@ -133,7 +151,9 @@ class BlockFormat:
     bias: int = 0
     offset: GroupExpr | None = None
     ints: Mapping[str, GroupExpr] = field(default_factory=dict)
+    halves: Mapping[str, Callable[[Any], Expr]] = field(default_factory=dict)
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -163,6 +183,8 @@ class BlockFormat:
             "scale": of(self.scale, "g", self.groups),
             "offset": of(self.offset, "g", self.groups),
             "ints": {name: of(body, "g", self.groups) for name, body in self.ints.items()},
+            "halves": {name: WrittenBits(body(self.view)) for name, body in self.halves.items()},
+            "largest": dict(self.largest),
             "derived": {
                 name: Derived(one.chunk, of(one.value, "total", 1 << 30))  # type: ignore[arg-type]
                 for name, one in self.derived.items()
@@ -192,8 +214,8 @@ class BlockFormat:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the fields and of the integers of groups."""
-        return (*self.fields, *self.ints)
+        """Names of the fields, of the integers of groups, and of other floats."""
+        return (*self.fields, *self.ints, *self.halves)
 
     @property
     def bits(self) -> float:
@@ -208,6 +230,10 @@ class BlockFormat:
     def code_expr(self, i: Expr) -> Expr:
         """The code of element i."""
         return self.code(self.view, i)
+
+    def half_expr(self, name: str) -> Expr:
+        """The number `name` of `halves`."""
+        return named(name, binary16(self.halves[name](self.view)), const(0, I32))
 
     def int_expr(self, name: str, g: Expr | int) -> Expr:
         """Group integer `name` of group g."""
@@ -312,6 +338,11 @@ class BlockFormat:
         if size != self.nbytes:
             raise self._bad(f"fields take {size} bytes, but nbytes says {self.nbytes}")
         self._check_code(self._checked("code(i)", self.code, var("i", self.block)))
+        for name, bits in self.halves.items():
+            written = bits(self.view)
+            whole = self._checked(name, Written(written, var("g", 1)), var("g", 1))
+            if not whole.dtype.is_int or not fits(whole, 0, 0xFFFF):
+                raise self._bad(f"{name} = {show(whole)} is not an integer of 16 bits")
         of_group = {f"{name}(g)": body for name, body in self.ints.items()}
         for name, body in {**of_group, "scale(g)": self.scale, "offset(g)": self.offset}.items():
             if body is not None:

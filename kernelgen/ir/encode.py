@@ -2,40 +2,29 @@
 
 A code or group integer is a shuffle of bits: every bit of it is one bit of the block.  Setting
 one bit of a block at a time and decoding tells which; writing codes is then the inverse shuffle.
-Formats whose bits do not map one to one (ternary digits, grids) say so and need their own encoder.
+Where codes share bits (ternary digits, grids), `kernelgen.ir.cells` finds out which codes belong
+together, and tries all that their bits can say.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kernelgen.errors import FormatError
+from kernelgen.ir import cells
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.cells import Bits
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import F32, Expr, var
 
 Array = npt.NDArray[Any]
 
 CODE = "code"
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Where the bits of one quantity lie: `position[j, k]` is the bit of the block (byte*8 + bit)
-    that holds bit k of element j; `width` bits each."""
-
-    position: npt.NDArray[np.int64]
-
-    @property
-    def width(self) -> int:
-        """Bits of an element."""
-        return int(self.position.shape[1])
 
 
 def code_index(fmt: BlockFormat, i: Expr) -> Expr:
@@ -50,15 +39,44 @@ def code_table(fmt: BlockFormat) -> tuple[int, ...] | None:
     return code.attr if code.op == "table" else None
 
 
-@functools.lru_cache(maxsize=256)
 def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
-    """`Bits` of the stored codes (key "code") and of each of the format's group integers."""
-    if code_index(fmt, var("i", fmt.block)).dtype is F32:
-        raise _not_invertible(fmt, "its elements are floats")
-    quantities = {CODE: (code_index(fmt, var("i", fmt.block)), "i", fmt.block)}
-    for name in fmt.ints:
-        quantities[name] = (fmt.int_expr(name, var("g", fmt.groups)), "g", fmt.groups)
+    """`Bits` of the stored codes (key "code"), and all of `group_bits`."""
+    return _bits_of(fmt, (CODE, *fmt.ints, *fmt.halves))
 
+
+def group_bits(fmt: BlockFormat) -> Mapping[str, Bits]:
+    """`Bits` of each of the format's group integers and `halves`."""
+    return _bits_of(fmt, (*fmt.ints, *fmt.halves))
+
+
+@functools.lru_cache(maxsize=256)
+def is_shuffled(fmt: BlockFormat) -> bool:
+    """Whether every bit of a code is one bit of the block; else codes come in cells."""
+    _quantity(fmt, CODE)  # floats are neither
+    try:
+        bit_positions(fmt)
+    except FormatError:
+        return False
+    return True
+
+
+def _quantity(fmt: BlockFormat, name: str) -> tuple[Expr, str, int]:
+    """What is stored under a name, its index, and how many there are."""
+    if name == CODE:
+        code = code_index(fmt, var("i", fmt.block))
+        if code.dtype is F32:
+            raise _not_invertible(fmt, "its elements are floats")
+        return code, "i", fmt.block
+    if name in fmt.halves:
+        return fmt.halves[name](fmt.view), "g", 1
+    return fmt.int_expr(name, var("g", fmt.groups)), "g", fmt.groups
+
+
+@functools.lru_cache(maxsize=512)
+def _bits_of(fmt: BlockFormat, names: tuple[str, ...]) -> Mapping[str, Bits]:
+    quantities = {name: _quantity(fmt, name) for name in names}
+    if not quantities:
+        return {}
     owned = [f for f in fmt.layout_fields if f.storage.dtype.is_int and f.name not in fmt.derived]
     bits = np.concatenate([8 * f.offset + np.arange(8 * f.nbytes) for f in owned])
     # block 0 is all zero, block 1 + n has only the n-th bit set
@@ -69,7 +87,8 @@ def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
     result: dict[str, Bits] = {}
     taken: set[int] = set()
     for name, (expr, index, count) in quantities.items():
-        seen = evaluate(expr, {index: np.arange(count)}, fields).astype(np.int64)
+        found = evaluate(expr, {index: np.arange(count)}, fields).astype(np.int64)
+        seen = np.broadcast_to(found, (len(probes), count))
         changed = (seen[1:] ^ seen[:1]) & 0xFFFFFFFF  # (bit, element)
         if seen[0].any():
             raise _not_invertible(fmt, f"{name} is not 0 in a block of zeros")
@@ -117,7 +136,8 @@ def encode(
 ) -> Array:
     """Blocks, uint8 (..., nbytes), from what is stored in them.
 
-    codes    integers (..., block): codes, or table indices for a codebook format
+    codes    integers (..., block): codes, or table indices for a codebook format; where codes come
+             in cells, such that cells have
     ints     group integers by name, (..., groups)
     fields   every other field by name, (..., count), in values of its stored type
     """
@@ -129,15 +149,40 @@ def encode(
         flat[:, one.offset : one.offset + one.nbytes] = np.ascontiguousarray(
             values.astype(NUMPY_STORAGE[one.storage.name])
         ).view(np.uint8)
-    for name, where in bit_positions(fmt).items():
-        values = np.asarray(codes if name == CODE else ints[name])
-        _scatter(flat, values.reshape(len(flat), len(where.position)), where)
+    shuffled = is_shuffled(fmt)
+    for name, where in (bit_positions(fmt) if shuffled else group_bits(fmt)).items():
+        values = np.asarray(codes) if name == CODE else _given(name, ints, fields)
+        scatter(flat, values.reshape(len(flat), len(where.position)), where)
+    if not shuffled:
+        for part in cells.parts_of(fmt):
+            for numbers, where in part.stored(np.asarray(codes).reshape(len(flat), fmt.block)):
+                if (numbers < 0).any():
+                    raise FormatError(
+                        f"codes that {fmt.name} cannot say were to be encoded: some of its codes"
+                        " share bits, and what one can be depends on others"
+                    )
+                scatter(flat, numbers, where)
     for name, derived in fmt.derived.items():
         _fill_derived(fmt, flat, name, derived.chunk)
     return flat.reshape(*shape, fmt.nbytes)
 
 
-def _scatter(flat: Array, values: Array, where: Bits) -> None:
+def put_half(fmt: BlockFormat, blocks: Array, name: str, values: Array) -> None:
+    """Write one of the format's `halves` into blocks, uint8 (n, nbytes): f16 values (n,)."""
+    where = group_bits(fmt)[name]
+    for at in where.position.ravel():
+        blocks[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
+    scatter(blocks, values.astype("<f2").view("<u2")[:, None], where)
+
+
+def _given(name: str, ints: Mapping[str, Array], fields: Mapping[str, Array]) -> Array:
+    """Integers of groups, or the bits of a float."""
+    if name in ints:
+        return np.asarray(ints[name])
+    return np.asarray(fields[name]).astype("<f2").view("<u2")
+
+
+def scatter(flat: Array, values: Array, where: Bits) -> None:
     """Or the bits of `values` into the bytes of `flat`, many elements at a time.
 
     Elements that put the same bits at the same place of their bytes go together; their bytes are

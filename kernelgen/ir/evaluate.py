@@ -87,7 +87,7 @@ def _apply(
         bytes_ = np.stack([_elements(raw, args[0].astype(np.int64) + i) for i in range(size)], -1)
         return bytes_.view(storage)[..., 0].astype(dtype)
     if op == "table":
-        return np.take(np.asarray(node.attr, dtype=dtype), args[0], mode="clip")
+        return np.take(node.attr.array, args[0], mode="clip")
     if op == "cast":
         if node.dtype.is_int and node.args[0].dtype.is_int:
             return args[0].astype(np.int64).astype(dtype)
@@ -117,6 +117,8 @@ def _apply(
         bits, mask = node.attr, np.uint32((1 << node.attr) - 1)
         lanes = [((args[0] >> np.uint32(bits * i)) & mask) << np.uint32(8 * i) for i in range(4)]
         return lanes[0] | lanes[1] | lanes[2] | lanes[3]
+    if op == "negate":  # ~b + 1, which leaves no byte as b is not 0
+        return (args[0] ^ (args[1] * np.uint32(255))) + args[1]
     if op == "lookup":
         values = np.asarray([v & 255 for v in node.attr] + [0] * (256 - len(node.attr)), np.uint32)
         codes = [(args[0] >> np.uint32(8 * i)) & np.uint32(255) for i in range(4)]

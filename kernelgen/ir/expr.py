@@ -10,13 +10,15 @@ Types
     bool       result of a comparison
 
 Loads from a field of a block give i32 (u8, i8, u16, i16 fields), u32 (u32) or f32 (f16, f32).
-The packed operations (`word`, `spread`, `lookup`) are written by `kernelgen.ir.lanes` only: they
+The packed operations (`word`, `spread`, `lookup`, `negate`) are written by `kernelgen.ir.lanes`
+only: they
 treat a u32 as four bytes, lowest first.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +86,47 @@ class Field:
         return self.storage.nbytes * self.count
 
 
+class Table(tuple[Any, ...]):
+    """The values of a table: of one type, and up to thousands, so that what is asked of them often
+    is kept."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (tuple(self),))
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The values as Python writes them, which tells 1 from 1.0 and 0.0 from -0.0."""
+        return type(self).__name__ + tuple.__repr__(self)
+
+    @functools.cached_property
+    def bounds(self) -> tuple[int, int]:
+        """Smallest and largest."""
+        return min(self), max(self)
+
+    @functools.cached_property
+    def array(self) -> Any:
+        """A numpy array of the type that a look-up has."""
+        import numpy as np
+
+        floats = any(isinstance(v, float) for v in self)
+        return np.array(self, np.float32 if floats else self._integers)
+
+    @functools.cached_property
+    def words(self) -> WordTable:
+        """Bytes, four to a u32, lowest first; a last word is filled up with zeros."""
+        raw = bytes(v & 255 for v in self)
+        fours = (raw[n : n + 4] for n in range(0, len(raw), 4))
+        return WordTable(int.from_bytes(four, "little") for four in fours)
+
+    _integers = "int32"
+
+
+class WordTable(Table):
+    """The values of a table of u32."""
+
+    _integers = "uint32"
+
+
 Scalar = Union[int, float, "Expr"]
 
 #: binary operators on two operands of one type, by the sign Python gives them
@@ -96,6 +139,9 @@ FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "tanh", "sin", "cos", "abs", "erf")
 
 #: operators that read memory
 LOADS = ("load", "word", "element", "fetch")
+
+#: of longer tables only the first values are shown
+_SHOWN = 64
 
 _interned: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()
 
@@ -115,7 +161,7 @@ class Expr:
     def __new__(cls, op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) -> Expr:
         """The one object for this operator on these operands."""
         # repr() keeps 0.0 apart from -0.0, and 1 from 1.0 and True, which == does not
-        exact = repr(attr) if op in ("const", "table") else attr
+        exact = repr(attr) if op == "const" else attr.text if op == "table" else attr
         key = (op, dtype, tuple(map(id, args)), exact)
         found = _interned.get(key)
         if found is not None:
@@ -271,13 +317,20 @@ def load(field: Field, index: Scalar) -> Expr:
 
 
 def table(values: Sequence[int] | Sequence[float], index: Expr) -> Expr:
-    """`values[index]`; integers wrap to i32, floats give f32."""
+    """`values[index]`; integers wrap to i32, floats give f32, a `WordTable` u32.
+
+    A `Table` is taken as it is: use one for a long table, so that it is looked at once.
+    """
     if len(values) == 0:
         raise ExprError(f"a table needs at least one value: table([], {index})")
     if not index.dtype.is_int:
         raise ExprError(f"a table is indexed by an integer, not by {index.dtype.value}: {index}")
+    if isinstance(values, WordTable):
+        return Expr("table", U32, (index,), values)
     dtype = F32 if any(_is_float(v) for v in values) else I32
-    return Expr("table", dtype, (index,), tuple(const(v, dtype).attr for v in values))
+    if not isinstance(values, Table):
+        values = Table(const(v, dtype).attr for v in values)
+    return Expr("table", dtype, (index,), values)
 
 
 def cast(dtype: DType, x: Expr) -> Expr:
@@ -292,6 +345,17 @@ def bitcast(dtype: DType, x: Expr) -> Expr:
     if BOOL in (dtype, x.dtype):
         raise ExprError(f"bool has no 32 bits to reinterpret: {x}")
     return Expr("bitcast", dtype, (x,))
+
+
+def binary16(bits: Expr) -> Expr:
+    """The number, f32, that 16 bits, 0..65535, stand for in IEEE 754 binary16,
+    whatever a device does with subnormal ones."""
+    exponent, mantissa = (bits >> 10) & 31, bits & 1023
+    small = bitcast(I32, cast(F32, mantissa) * 2.0**-24)
+    normal = ((exponent + 112) << 23) | (mantissa << 13)
+    beyond = (mantissa << 13) | 0x7F800000
+    size = where(equal(exponent, 0), small, where(equal(exponent, 31), beyond, normal))
+    return bitcast(F32, size | ((bits >> 15) << 31))
 
 
 def where(condition: Expr, a: Scalar, b: Scalar) -> Expr:
@@ -360,6 +424,12 @@ def spread(bits: int, x: Expr) -> Expr:
 def lookup(values: Sequence[int], x: Expr) -> Expr:
     """A u32 whose byte l is `values[byte l of x] & 255`; at most 16 values."""
     return Expr("lookup", U32, (x,), tuple(values))
+
+
+def negate(x: Expr, bits: Expr) -> Expr:
+    """A u32 whose byte l is byte l of x, 1..127, or its negative where byte l of `bits`, 0 or 1,
+    is 1."""
+    return Expr("negate", U32, (x, bits))
 
 
 def splat(byte: int) -> Expr:
@@ -498,12 +568,16 @@ def _show(expr: Expr) -> tuple[str, int]:
         return f"{expr.attr[0].name}_at({args[0]})", atom
     if op == "element":
         return f"{expr.attr}[{args[0]}]", atom
-    if op in ("spread", "cast", "bitcast", "call", "lookup", "table"):
+    if op in ("spread", "cast", "bitcast", "call", "lookup", "negate", "table"):
         inside = ", ".join(map(show, args))
         if op in ("lookup", "table"):
-            values = ", ".join(f"{v:g}" if isinstance(v, float) else f"{v}" for v in expr.attr)
+            few = expr.attr if len(expr.attr) <= _SHOWN else expr.attr[:4]
+            values = ", ".join(f"{v:g}" if isinstance(v, float) else f"{v}" for v in few)
+            values += f", ... {len(expr.attr)} values" if few is not expr.attr else ""
             return f"{op}([{values}], {inside})", atom
-        head = {"spread": f"spread{expr.attr}", "call": f"{expr.attr}"}.get(op, expr.dtype.value)
+        head = {"spread": f"spread{expr.attr}", "call": f"{expr.attr}", "negate": op}.get(
+            op, expr.dtype.value
+        )
         return f"{head}({inside})" if op != "bitcast" else f"bits_{head}({inside})", atom
     if op in ("min", "max"):
         return f"{op}({args[0]}, {args[1]})", atom

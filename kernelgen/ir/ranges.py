@@ -38,8 +38,9 @@ def _interval(expr: Expr, whole: Interval) -> Interval:
         return expr.attr[0].lo, expr.attr[0].hi
     if op == "table":
         lo, hi = interval(args[0])
-        reachable = expr.attr[max(lo, 0) : hi + 1] or expr.attr
-        return min(reachable), max(reachable)
+        reachable = expr.attr[max(lo, 0) : hi + 1]
+        whole_table = len(reachable) in (0, len(expr.attr))
+        return expr.attr.bounds if whole_table else (min(reachable), max(reachable))
     if op == "named":
         return interval(args[0])
     if op == "select":

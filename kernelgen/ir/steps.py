@@ -15,8 +15,10 @@ from kernelgen.ir.encode import code_table
 from kernelgen.ir.expr import (
     F32,
     I32,
+    U32,
     Expr,
     Field,
+    WordTable,
     cast,
     const,
     element,
@@ -71,7 +73,7 @@ class Steps:
 
     @property
     def words(self) -> int:
-        """Words in a group."""
+        """WordTable in a group."""
         return self.fmt.group // LANES
 
 
@@ -94,14 +96,16 @@ def steps(fmt: BlockFormat) -> Steps:
     g = group_var(fmt)
     word = code_word(fmt)
     codes = simplify(lower_to_words(word.codes))
-    ints = tuple(pack_ints(fmt, name) for name in fmt.ints if _packs(fmt, name))
+    packed = (pack_ints(fmt, name) for name in fmt.ints if _packs(fmt, name))
+    # what is decoded lane by lane is not packed first, but decoded where its group is
+    ints = tuple(one for one in packed if one.scalar_because is None)
     scale = None if fmt.scale is None else fmt.scale_expr(g)
     offset = fmt.total_offset_expr(g, word.bias)
     by_name = {i.name for i in ints}
     lowered = [None if e is None else _lower_group(e, by_name) for e in (scale, offset)]
     used = [e for e in (codes, *lowered, *(w for i in ints for w in i.words)) if e is not None]
     fields = {f.name: f for e in used for f in loads(e)}
-    reasons = [word.scalar_because, *(i.scalar_because for i in ints)]
+    reasons = [word.scalar_because]
     return Steps(
         fmt=fmt,
         fields=tuple(sorted(fields.values(), key=lambda f: f.offset)),
@@ -161,6 +165,18 @@ def code_word(fmt: BlockFormat) -> CodeWord:
     if hi > 127:
         codes, bias, lo, hi = codes ^ splat(0x80), bias - 128, lo - 128, hi - 128
     return CodeWord(codes, max(abs(lo), abs(hi)), lo < 0, bias, packed.scalar_because)
+
+
+@functools.lru_cache(maxsize=256)
+def codebook(fmt: BlockFormat) -> WordTable | None:
+    """The table of words, four codes each, that `code_word` looks into; None where there is none.
+
+    Languages that have no constant arrays take it as an argument.
+    """
+    if fmt.float_codes:
+        return None
+    found = {n.attr for n in walk(code_word(fmt).codes) if n.op == "table" and n.dtype is U32}
+    return found.pop() if found else None
 
 
 def _packs(fmt: BlockFormat, name: str) -> bool:

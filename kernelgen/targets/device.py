@@ -23,6 +23,7 @@ from kernelgen.ir.layout import Layout, named_layout
 from kernelgen.ir.ops import Activations
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Operand
+from kernelgen.ir.steps import codebook
 from kernelgen.targets.attention import arrays, strides
 from kernelgen.targets.base import NONE, NY, Argument, Array, Kernel, Product, Weights, check_rows
 
@@ -171,9 +172,15 @@ class Launcher:
         self._groups = [compile(text, "<grid>", "eval") for text in launch.groups]
         self._buffers = [a for a in kernel.arguments if a.role != "size"]
         self._sizes = [a.name for a in kernel.arguments if a.role == "size"]
+        self._tables: dict[str, Buffer] = {}
         self._known: dict[str, int] = {}
         if isinstance(kernel.subject, BlockFormat):
             fmt = kernel.subject
+            self._tables = {
+                a.name: driver.upload(np.array(codebook(fmt), np.uint32))
+                for a in self._buffers
+                if a.role == "table"
+            }
             self._known = {"block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes}
         symbols = {**kernel.walk.symbols, **launch.symbols}
         self._shapes = {
@@ -198,6 +205,8 @@ class Launcher:
         self, one: Argument, buffers: Mapping[str, Buffer], sizes: Mapping[str, int]
     ) -> Buffer:
         """What was given, or memory that nobody else uses."""
+        if one.role == "table":
+            return self._tables[one.name]
         if one.name in buffers:
             return buffers[one.name]
         if one.role == "scratch":

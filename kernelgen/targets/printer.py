@@ -39,7 +39,7 @@ class Dialect:
     load       by storage name, of {field} and {index}
     cast       by "from>to" dtype names, of {x}; likewise bitcast
     call       by function name, of {x}
-    word, element, spread1, lookup   the packed operations
+    word, element, spread1, lookup, negate   the packed operations; negate of {x} and {bits}
     select     of {condition} {a} {b}, where the condition is the same in all lanes
     blend      the same where it differs between lanes
     min, max   of {a} {b}
@@ -129,6 +129,8 @@ class Printer:
             return word(key).format(condition=args[0], a=args[1], b=args[2]), atom
         if op in ("table", "lookup"):
             return word(op).format(table=self._tables(expr.attr), index=args[0]), atom
+        if op == "negate":
+            return word(op).format(x=args[0], bits=args[1]), atom
         if op == "spread":
             return word(f"spread{expr.attr}").format(**x), atom
         if op in ("min", "max"):

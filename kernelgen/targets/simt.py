@@ -20,7 +20,7 @@ from kernelgen.config import (
     TileConfig,
 )
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import Expr, call, number
+from kernelgen.ir.expr import Expr, WordTable, call, number
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.ops.epilogue import Epilogue, RmsNorm
 from kernelgen.ir.steps import MemorySteps, memory_steps
@@ -71,10 +71,19 @@ class Words(Protocol):
 
 
 def table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
-    """The type of a table's values: "f32", "i8" where they fit, else "i32"."""
+    """The type of a table's values: "u32", "f32", "i8" where they fit, else "i32"."""
+    if isinstance(values, WordTable):
+        return "u32"
     if any(isinstance(v, float) for v in values):
         return "f32"
     return "i8" if -128 <= min(values) and max(values) <= 127 else "i32"
+
+
+def hex_words(values: Iterable[int]) -> str:
+    """Words of a table, in lines."""
+    listed = [f"0x{v:08X}u" for v in values]
+    lines = [", ".join(listed[n : n + 8]) for n in range(0, len(listed), 8)]
+    return "".join(f"\n    {line}," for line in lines) + "\n"
 
 
 _SIZES = ("M", "N", "K")
@@ -221,12 +230,12 @@ def walks() -> tuple[Walk, ...]:
 #: names that the templates use; a format's field of that name gets an underscore
 RESERVED = frozenset(
     "ACT BLOCK COLUMNS DEPTH GROUP ITEMS K M N ROWS START STEP THREADS THREAD_M THREAD_N TILE_M"
-    " TILE_N WORDS acc at block blocks bits byte c code codes column d dot element factor finite"
-    " first first_m first_n from_half g group group_x group_y groups_x groups_y half i ids index"
-    " item j k k0 l lane largest m m0 magnitude n offset part place q q0 q1 q2 q3 r rounded row"
-    " row0 s scale second sum subgroup subgroup_sum subgroups swap t thread to_half top total u"
-    " value value0 value1 value2 value3 values w wo word wq ws wt x xd xdt xq xqt xs xst xt"
-    " y".split()
+    " TILE_N WORDS acc at block blocks bits byte c code codebook codes column d dot element factor"
+    " finite first first_m first_n from_half g group group_x group_y groups_x groups_y half i"
+    " ids index item j k k0 l lane largest m m0 magnitude n offset part place q q0 q1 q2 q3 r"
+    " rounded row row0 s scale second sum subgroup subgroup_sum subgroups swap t thread to_half"
+    " top total u value value0 value1 value2 value3 values w wo word wq ws wt x xd xdt xq xqt xs"
+    " xst xt y".split()
 )
 
 

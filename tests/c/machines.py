@@ -18,8 +18,9 @@ from tests.c.programs import ProgramRuntime
 
 ALL_FORMATS = tuple(f.name for f in formats.formats())
 
-#: each decodes in its own way: group integers, signed codes, tables, halves, plain floats
-SOME_FORMATS = ("q4_K", "q8_0", "iq4_nl", "mxfp4", "q3_K", "f16")
+#: each decodes in its own way: group integers, signed codes, tables, halves, plain floats, a grid
+#: with signs, digits of base 3
+SOME_FORMATS = ("q4_K", "q8_0", "iq4_nl", "mxfp4", "q3_K", "f16", "iq2_xs", "tq1_0")
 
 CROSS_COMPILER = "aarch64-linux-gnu-gcc"
 QEMU = "qemu-aarch64"

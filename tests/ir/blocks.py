@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.encode import group_bits, put_half
+from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import Field
 
 Array = npt.NDArray[Any]
@@ -44,6 +46,10 @@ def finite(fmt: BlockFormat, blocks: Array) -> Array:
         top = bits.dtype.type(0x7C00 if field.storage.nbytes == 2 else 0x7F800000)
         lowered = bits & ~bits.dtype.type(0x4000 if field.storage.nbytes == 2 else 0x40000000)
         _put(blocks, field, np.where(bits & top == top, lowered, bits))
+    for name in fmt.halves:
+        value = evaluate(fmt.half_expr(name), {}, fmt.split(blocks))[..., 0]
+        highest = int(group_bits(fmt)[name].position[0, 14])  # of the exponent
+        blocks[~np.isfinite(value), highest // 8] &= 255 - (1 << (highest % 8))
     return blocks
 
 
@@ -63,6 +69,11 @@ def edge_blocks(fmt: BlockFormat, seed: int = 1) -> Array:
         for background in backgrounds:
             blocks = np.repeat(background, len(edges), axis=0)
             _put(blocks, field, np.repeat(edges[:, None], field.count, axis=1))
+            result.append(blocks)
+    for name in fmt.halves:
+        for background in backgrounds:
+            blocks = np.repeat(background, len(EDGES["f16"]), axis=0)
+            put_half(fmt, blocks, name, EDGES["f16"].view("<f2"))
             result.append(blocks)
     return np.concatenate(result)
 

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.formats.codebooks import IQ4_NL, MXFP4
+from kernelgen.ir.formats.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from kernelgen.ir.formats.floats import BF16, F16, F32
+from kernelgen.ir.formats.grids import (
+    IQ1_M,
+    IQ1_S,
+    IQ2_S,
+    IQ2_XS,
+    IQ2_XXS,
+    IQ3_S,
+    IQ3_XXS,
+)
 from kernelgen.ir.formats.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
 from kernelgen.ir.formats.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
+from kernelgen.ir.formats.ternary import Q1_0, TQ1_0, TQ2_0
 
 FORMATS: tuple[BlockFormat, ...] = (
     F32, F16, BF16,
     Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1,
     Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K,
-    IQ4_NL, MXFP4,
+    IQ4_NL, IQ4_XS, MXFP4, NVFP4,
+    IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S,
+    TQ1_0, TQ2_0, Q1_0,
 )  # fmt: skip
 
 _by_name = {f.name.lower(): f for f in FORMATS}
 
 
+#: entry points of installed packages that name a format, or several
+ENTRY_POINTS = "kernelgen.formats"
+
+_looking = threading.RLock()
+_looked = False
+
+
 def get(name: str) -> BlockFormat:
     """The format of that name, in any case."""
     found = _by_name.get(name.lower())
+    if found is None:
+        _installed()
+        found = _by_name.get(name.lower())
     if found is None:
         raise FormatError(
             f"format {name!r} is not known; known are {', '.join(f.name for f in formats())};"
@@ -33,8 +58,37 @@ def get(name: str) -> BlockFormat:
 
 
 def formats() -> tuple[BlockFormat, ...]:
-    """All formats: those that come with kernelgen, then the registered ones."""
+    """All formats: those that come with kernelgen, then the registered ones, those of installed
+    packages (see `ENTRY_POINTS`) included."""
+    _installed()
     return tuple(_by_name.values())
+
+
+def _installed() -> None:
+    """Register the formats of installed packages, once; what fails is logged, and left out."""
+    global _looked
+    with _looking:
+        if _looked:
+            return
+        _looked = True
+        from importlib.metadata import entry_points
+
+        for point in entry_points(group=ENTRY_POINTS):
+            try:
+                loaded = point.load()
+                for one in loaded if isinstance(loaded, Iterable) else (loaded,):
+                    if not isinstance(one, BlockFormat):
+                        raise FormatError(f"it is {one!r}, no BlockFormat nor a list of these")
+                    register(one)
+            except Exception as error:  # of any kind: the package is not ours
+                logging.getLogger(__name__).warning(
+                    "format %s of an installed package is left out, because %s (%s) cannot be"
+                    " loaded: %s",
+                    point.name,
+                    point.value,
+                    ENTRY_POINTS,
+                    error,
+                )
 
 
 def register(fmt: BlockFormat) -> BlockFormat:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 
 from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig, TileMatmulConfig
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import F32, Field, const
+from kernelgen.ir.expr import F32, Field, WordTable, const
 from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c.attention import WALKS as ATTENTION
@@ -40,6 +41,7 @@ _RESERVED = frozenset(
     "int16_t int32_t int64_t int8_t interleave j j0 k k0 k_from k_hi k_lo k_to key key_elements "
     "keys kt l larger largest largest_lane last load_lanes load_u16 load_u32 log long lookup m "
     "magnitude malloc many_rows memcpy memset mine most multiply_keys multiply_values n "
+    "negate_bytes "
     "none_admitted offset out p part partial parts prefetch q q_hi q_lo quantize_block r "
     "register repacked restrict return rintf rounded row row_bytes rows rows_f16 rows_f32 "
     "rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale score scratch short "
@@ -102,6 +104,8 @@ def _element_type(one: Field) -> str:
 
 def _table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
     """The smallest type that holds a table; a lookup takes bytes of either sign."""
+    if isinstance(values, WordTable):
+        return "uint32_t"
     if any(isinstance(v, float) for v in values):
         return "float"
     lo, hi = min(values), max(values)
@@ -110,10 +114,22 @@ def _table_type(values: tuple[int, ...] | tuple[float, ...]) -> str:
     return "uint8_t" if 0 <= lo and hi <= 255 else "int32_t"
 
 
+def _table(name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
+    """The definition of a table; one of bytes has the 16 that a lookup reads."""
+    count, numbers = max(len(values), 16), ", ".join(map(str, values))
+    if len(values) > _ONE_LINE:
+        lines = textwrap.wrap(numbers, 96)
+        numbers = "".join(f"\n    {line}" for line in lines) + ",\n"
+    return f"static const {_table_type(values)} {name}[{count}] = {{{numbers}}};"
+
+
 def _scalar_f32(value: float) -> str:
     """A constant of C."""
     return Printer(SCALAR, str)(const(value, F32))
 
+
+#: of longer tables the source has several lines
+_ONE_LINE = 64
 
 _C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t"}
 
@@ -201,7 +217,7 @@ TARGET = Target(
     globals={
         "c_types": _C_TYPES, "element_type": _element_type, "mentions": mentions,
         "parameters": _parameters, "parameters_of": _parameters_of, "scalar_f32": _scalar_f32,
-        "table_type": _table_type,
+        "table": _table,
     },
     reserved=_RESERVED,
     feature_names={"matrix": "amx_bf16"},

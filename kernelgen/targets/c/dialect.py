@@ -140,6 +140,7 @@ ROWS = Dialect(
         "table": "gather({table}, {index})",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
+        "negate": "negate_bytes({x}, {bits})",
         **{f"spread{bits}": f"spread({{x}}, {bits})" for bits in range(2, 9)},
         "call.abs": "each_row(fabsf, {x})",
         "call.rsqrt": "1 / each_row(sqrt, {x})",

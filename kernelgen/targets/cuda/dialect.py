@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kernelgen.ir.expr import WordTable
 from kernelgen.targets.base import Argument
 from kernelgen.targets.printer import Dialect
-from kernelgen.targets.simt import table_type
+from kernelgen.targets.simt import hex_words, table_type
 
 MEMORY = Dialect(
     {
@@ -36,6 +37,7 @@ MEMORY = Dialect(
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
+        "negate": "negate_bytes({x}, {bits})",
         "element": "{name}[{index}]",
         "fetch.u8.1": "i32({buffer}[{address}])",
         "fetch.i8.1": "i32((signed char){buffer}[{address}])",
@@ -87,7 +89,13 @@ class CudaWords:
         return f"#define {name} {value}u"
 
     def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
-        """A table in constant memory; short ones of bytes are filled up to 16 for `lookup`."""
+        """A table in constant memory; short ones of bytes are filled up to 16 for `lookup`.
+
+        Words are in global memory, which has a cache: threads look up different ones, and from
+        constant memory would get them one after the other.
+        """
+        if isinstance(values, WordTable):
+            return f"__device__ const unsigned int {name}[{len(values)}] = {{{hex_words(values)}}};"
         dtype, filled = TYPES[table_type(values)], (*values, *([0] * (16 - len(values))))
         kept = filled if table_type(values) == "i8" else values
         listed = ", ".join(map(str, kept))

@@ -39,6 +39,12 @@ static __device__ __forceinline__ unsigned int spread1(unsigned int x) {
     return ((x & 15u) * 0x00204081u) & 0x01010101u;
 }
 
+// The bytes of x, at most 127 and not 0, negated where those of `bits` are 1 and not 0: ~x + 1, which
+// leaves no byte.
+static __device__ __forceinline__ unsigned int negate_bytes(unsigned int x, unsigned int bits) {
+    return (x ^ bits * 255u) + bits;
+}
+
 // The bytes of a table of 16 that the bytes of x, at most 15, name.  Two permutations look into a
 // half of the table each, by three bits; the fourth chooses.  Lanes that want different places of
 // constant memory would wait for each other instead.

@@ -28,7 +28,8 @@ _KEYWORDS = frozenset(
     " private protected public register restrict return short signed sizeof static struct switch"
     " template texture sampler this thread threadgroup throw true try typedef typename uchar uint"
     " ulong union unsigned using ushort vertex virtual void volatile while bytes dot4 lookup max"
-    " min nearest rint spread1 i32 u32 f32 f32_bits bits_f32 as_type precise fast mem_flags"
+    " min nearest rint negate_bytes"
+    " spread1 i32 u32 f32 f32_bits bits_f32 as_type precise fast mem_flags"
     " u16_bytes u16_aligned u32_aligned u32_halves u32_bytes thread_number group_id"
     # names of the walk over matrices
     " PITCH RUN SIMD_M SIMD_N SUMS_M SUMS_N a activations b buffer edge my_m my_row to"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kernelgen.ir.expr import WordTable
 from kernelgen.targets.base import Argument
 from kernelgen.targets.printer import Dialect
-from kernelgen.targets.simt import table_type
+from kernelgen.targets.simt import hex_words, table_type
 
 MEMORY = Dialect(
     {
@@ -43,6 +44,7 @@ MEMORY = Dialect(
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
+        "negate": "negate_bytes({x}, {bits})",
         "element": "{name}[{index}]",
         "fetch.u8.1": "i32({buffer}[{address}])",
         "fetch.i8.1": "i32(as_type<char>({buffer}[{address}]))",
@@ -89,6 +91,8 @@ class MetalWords:
 
     def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
         """A table in constant memory."""
+        if isinstance(values, WordTable):
+            return f"constant uint {name}[{len(values)}] = {{{hex_words(values)}}};"
         listed = ", ".join(map(repr, values)).replace("inf", "INFINITY").replace("nan", "NAN")
         return f"constant {_TYPES[table_type(values)]} {name}[{len(values)}] = {{{listed}}};"
 

@@ -107,8 +107,16 @@ def _prose(text: str) -> str:
     return "\n".join(textwrap.wrap(plain, 100))
 
 
+#: values of the longest table that is written as a list
+_LISTED = 256
+
+
 def _table(name: str, values: tuple[int | float, ...]) -> str:
-    """The definition of a table."""
+    """The definition of a table; of bytes, a long one is written by their digits."""
+    if len(values) > _LISTED and not any(isinstance(v, float) or not 0 <= v < 256 for v in values):
+        digits = bytes(int(v) for v in values).hex()
+        lines = "".join(f'\n    "{digits[n : n + 94]}"' for n in range(0, len(digits), 94))
+        return f"{name} = np.frombuffer(bytes.fromhex({lines}\n), np.uint8).astype(np.int32)"
     dtype = "float32" if any(isinstance(v, float) for v in values) else "int32"
     inside = ", ".join(repr(v).replace("inf", "np.inf").replace("nan", "np.nan") for v in values)
     line = f"{name} = np.array([{inside}], np.{dtype})"

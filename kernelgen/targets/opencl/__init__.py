@@ -11,7 +11,7 @@ _KEYWORDS = frozenset(
     "auto bool break case char const constant continue default do double else enum extern float"
     " for global goto half if inline int kernel local long private register restrict return short"
     " signed sizeof static struct switch typedef uchar uint ulong union unsigned ushort void"
-    " volatile while min max rint bytes dot4 lookup nearest spread1".split()
+    " volatile while min max rint bytes dot4 lookup nearest negate_bytes spread1".split()
 )
 
 TARGET = Target(

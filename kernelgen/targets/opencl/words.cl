@@ -50,6 +50,10 @@ inline int dot4(uint a, uint b, int sum) {
 // Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.
 inline uint spread1(uint x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 
+// The bytes of x, at most 127 and not 0, negated where those of `bits` are 1 and not 0: ~x + 1, which
+// leaves no byte.
+inline uint negate_bytes(uint x, uint bits) { return (x ^ bits * 255u) + bits; }
+
 inline uint lookup(__constant const char *table, uint x) {
     return as_uint((char4)(table[x & 15], table[(x >> 8) & 15], table[(x >> 16) & 15], table[(x >> 24) & 15]));
 }

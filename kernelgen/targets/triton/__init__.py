@@ -19,7 +19,7 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Target, Walk
+from kernelgen.targets.base import Argument, Launch, Target, Walk, codebook_argument
 from kernelgen.targets.printer import statement
 from kernelgen.targets.triton import attention
 from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, UNROLLED
@@ -84,6 +84,8 @@ def _meaning(one: Argument, fmt: BlockFormat) -> str:
     """What an argument's shape or content means, behind its declaration."""
     if one.name == "w":
         return f", ROW_BYTES = K / {fmt.block} * {fmt.nbytes}" if fmt.block > 1 else ""
+    if one.role == "table":
+        return f": four codes of {fmt.name} each (tables in the manifest)"
     if one.name == "xd":
         return f", BLOCKS = K / {fmt.block}: x is about xd * xq"
     if one.name == "xs":
@@ -220,6 +222,7 @@ def _rows(op: str, count: str) -> Walk:
         name="tensors", op=op, precision="", template="get_rows.py.j2", config=ProgramRowsConfig,
         arguments=(_W, *ids, Argument("y", "out", "f32", (count, "K")), *sizes),
         symbols=_SYMBOLS, contract=False, steps=_steps, launch=launch,
+        operands=codebook_argument("i32"),
     )  # fmt: skip
 
 
@@ -232,6 +235,7 @@ def _product(op: str, precision: str, template: str, config: type[Config]) -> Wa
         applies=_integer_codes if precision == "int8" else lambda fmt: None,
         steps=_steps, launch=_product_launch,
         needs=lambda config: ("quantize",) * (precision == "int8"), pairs=_pairs,
+        operands=codebook_argument("i32"),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from kernelgen.ir.expr import (
 from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, B, H, K, Q, S, reads
 from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims, paged
-from kernelgen.targets.base import Argument, Launch, Walk
+from kernelgen.targets.base import Argument, Launch, Walk, attends_without_codebook
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, plain, tensor_steps
 
 # ---- steps ------------------------------------------------------------------------------------
@@ -337,6 +337,7 @@ def _flash(precision: str, config: type[Config]) -> Walk:
             *_sizes("B", "H", "HK", "T", "S"),
         ),
         steps=attention_steps, launch=_launch, operands=_operands, fits=_fits,
+        applies=attends_without_codebook,
         then=lambda config: ("attention_combine",) * (config.as_dict()["splits"] > 1),
     )  # fmt: skip
 

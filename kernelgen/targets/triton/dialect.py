@@ -24,6 +24,7 @@ from kernelgen.ir.expr import (
 )
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
+from kernelgen.targets.base import CODEBOOK
 from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
 
 _TYPES = {BOOL: "int1", I32: "int32", U32: "uint32", F32: "float32"}
@@ -43,6 +44,8 @@ class TensorPrinter(Printer):
             return f"tl.cast({self(args[0])}, tl.{_TYPES[expr.dtype]}, bitcast=True)", ATOM
         if op == "fetch":
             return self._fetch(expr), ATOM
+        if op == "table":  # of words: an argument
+            return f"tl.load({CODEBOOK} + {self._bracketed(args[0])}).to(tl.uint32)", ATOM
         if op == "element":  # a word that the walk has already loaded
             return str(expr.attr), ATOM
         if op == "select":

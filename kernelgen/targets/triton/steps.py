@@ -187,13 +187,15 @@ def _unnamed(node: Expr) -> Expr | None:
 
 
 def _without_tables(expr: Expr) -> Expr:
-    """The same without tables, table look-ups of words, and spreads."""
+    """The same without the packed operations and tables, but for one that is an argument."""
 
     def change(node: Expr) -> Expr | None:
-        if node.op == "table":
+        if node.op == "table" and node.dtype is not U32:
             return _selected(node.attr, node.args[0])
         if node.op == "lookup":
             return _by_lane(lambda x: _selected(node.attr, cast(I32, x & 255)), node.args[0], 8)
+        if node.op == "negate":
+            return (node.args[0] ^ (node.args[1] * 255)) + node.args[1]
         if node.op == "spread":
             bits = node.attr
             if bits == 1:  # the product puts copies of the four bits at distances of 7

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from kernelgen.config import Capabilities
 from kernelgen.targets import simt, simt_attention
-from kernelgen.targets.base import Target
+from kernelgen.targets.base import Target, Walk, attends_without_codebook, codebook_argument
 from kernelgen.targets.wgsl.dialect import MEMORY, WgslWords
 
 _KEYWORDS = frozenset(
     "alias array atomic bitcast bool break case const const_assert continue continuing default"
     " diagnostic discard else enable f16 f32 false fn for function groups i32 if let loop local_id"
     " group_id override private ptr read return sizes storage struct switch texture true u32"
-    " uniform var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest spread1"
-    " pack_bytes load_u8 load_i8 load_u16 load_u32 load_f16 f32_bits bits_f32 new self this".split()
+    " uniform var vec2 vec3 vec4 while workgroup write max min round select dot4 nearest"
+    " negate_bytes spread1 pack_bytes load_u8 load_i8 load_u16 load_u32 load_f16 f32_bits bits_f32"
+    " new self this".split()
 )
+
+
+def _with_codebook(walk: Walk) -> Walk:
+    """A walk of what reads weights takes a format's long table as an argument: a constant array
+    becomes one of each thread with some drivers."""
+    if walk.op == "attention":
+        return dataclasses.replace(walk, applies=attends_without_codebook)
+    if not any(a.name == "w" for a in walk.arguments):
+        return walk
+    return dataclasses.replace(walk, operands=codebook_argument("u32"))
+
 
 TARGET = Target(
     name="wgsl",
     description="WGSL for WebGPU",
     suffix=".wgsl",
-    walks=simt.walks() + simt_attention.walks(),
+    walks=tuple(map(_with_codebook, simt.walks() + simt_attention.walks())),
     dialects={"memory": MEMORY},
     capabilities=Capabilities(max_threads=256, shared_bytes=16384),
     templates=(simt.TEMPLATES,),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kernelgen.targets.base import Argument
+from kernelgen.ir.expr import WordTable
+from kernelgen.targets.base import CODEBOOK, Argument
 from kernelgen.targets.printer import Dialect
 from kernelgen.targets.simt import table_type
 
@@ -46,6 +47,7 @@ MEMORY = Dialect(
         "table": "{table}_of({index})",
         "lookup": "{table}_lookup({index})",
         "spread1": "spread1({x})",
+        "negate": "negate_bytes({x}, {bits})",
         "element": "{name}[{index}]",
         "fetch.u8.1": "load_u8{suffix}({address})",
         "fetch.i8.1": "load_i8{suffix}({address})",
@@ -82,8 +84,10 @@ class WgslWords:
     def table(self, name: str, values: tuple[int, ...] | tuple[float, ...]) -> str:
         """A table, and functions that look up one value and, of bytes, four.
 
-        Floats are kept as bits: a constant must be finite.
+        Floats are kept as bits: a constant must be finite.  Words are an argument.
         """
+        if isinstance(values, WordTable):
+            return f"fn {name}_of(i: i32) -> u32 {{ return {CODEBOOK}[i]; }}"
         if table_type(values) == "f32":
             bits = ", ".join(f"0x{n:08X}u" for n in np.array(values, np.float32).view(np.uint32))
             return (
@@ -112,7 +116,7 @@ class WgslWords:
         for number, one in enumerate(buffers):
             # bytes are bound as words: the smallest thing that storage holds
             dtype = "u32" if one.dtype == "u8" else one.dtype
-            access = "read" if one.role == "in" else "read_write"
+            access = "read" if one.role in ("in", "table") else "read_write"
             lines.append(
                 f"@group(0) @binding({number}) var<storage, {access}> {one.name}: array<{dtype}>;"
             )

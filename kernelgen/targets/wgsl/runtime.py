@@ -104,7 +104,7 @@ class WgpuDriver:
         The layout is written out: an automatic one leaves out what a kernel does not read.
         """
         kinds = [
-            "read-only-storage" if a.role == "in" else "storage"
+            "read-only-storage" if a.role in ("in", "table") else "storage"
             for a in kernel.arguments
             if a.role != "size"
         ]

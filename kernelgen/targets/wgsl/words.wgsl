@@ -28,6 +28,10 @@ fn dot4(a: u32, b: u32, sum: i32) -> i32 {
 // Bit l of x to byte l, l = 0..3: the product puts copies of the four bits at distances of 7.
 fn spread1(x: u32) -> u32 { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 
+// The bytes of x, at most 127 and not 0, negated where those of `bits` are 1 and not 0: ~x + 1, which
+// leaves no byte.
+fn negate_bytes(x: u32, bits: u32) -> u32 { return (x ^ (bits * 255u)) + bits; }
+
 fn pack_bytes(a: i32, b: i32, c: i32, d: i32) -> u32 {
     return (u32(a) & 255u) | ((u32(b) & 255u) << 8u) | ((u32(c) & 255u) << 16u) | (u32(d) << 24u);
 }
