@@ -26,8 +26,6 @@ def _steps(kind: Kind, config: Config) -> MapSteps:
 
 def _lower(node: Expr) -> Expr | None:
     """Arrays are there as flat ones, of the types that are computed with."""
-    if node.op == "named":
-        return node.args[0]
     if node.op != "load":
         return None
     return Expr("element", node.dtype, node.args, node.attr.name)
