@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -273,7 +274,19 @@ def about(kind: Kind) -> tuple[str, ...]:
     return tuple(line if len(line) <= 400 else f"{line[:397]}..." for line in lines)
 
 
+def wrapped(head: str, text: str, indent: int) -> str:
+    """A statement, without its end, in lines that are short enough to read, for languages to which
+    the end of a line means nothing."""
+    margin = " " * indent
+    lines = textwrap.wrap(
+        f"{head}{text}", 98, initial_indent=margin, subsequent_indent=margin + "    ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join(lines)
+
+
 #: what the templates may call
 GLOBALS: dict[str, Any] = {
     "about": about, "passes_of": passes_of, "results_of": per_row, "stored_type": stored_type,
+    "wrapped": wrapped,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c import maps
 from kernelgen.targets.c.attention import WALK as ATTENTION
 from kernelgen.targets.c.attention import mentions
-from kernelgen.targets.c.dialect import COLUMNS, LANES, ROWS, SCALAR
+from kernelgen.targets.c.dialect import COLUMN, COLUMNS, LANES, ROWS, SCALAR
 from kernelgen.targets.maps import GLOBALS as MAP_GLOBALS
 from kernelgen.targets.printer import Printer
 
@@ -190,7 +190,7 @@ TARGET = Target(
         *maps.WALKS,
     ),
     dialects={
-        "scalar": SCALAR, "rows": ROWS, "lanes": LANES, "columns": COLUMNS, "column": SCALAR,
+        "scalar": SCALAR, "rows": ROWS, "lanes": LANES, "columns": COLUMNS, "column": COLUMN,
     },
     capabilities=Capabilities(lanes=8, registers=16),
     indexes=(("kernelgen.h.j2", "kernelgen.h"),),

@@ -240,6 +240,15 @@ class ColumnsPrinter(LanesPrinter):
     """Prints, as a vector, what depends on `lane`, a number from column `c` on, or on values that
     each column has."""
 
+    def __init__(
+        self,
+        dialect: Dialect,
+        tables: Callable[[tuple[Any, ...]], str],
+        rename: Callable[[str], str] = str,
+    ) -> None:
+        super().__init__(dialect, tables, rename)
+        self._scalar = Printer(COLUMN, tables, rename)
+
     def varies(self, expr: Expr) -> bool:
         """Whether one of these occurs in it."""
         return any(
@@ -255,6 +264,10 @@ class ColumnsPrinter(LanesPrinter):
         if expr.op in _TWO_SIDES:
             left, right = (self._side(a) for a in expr.args)
             return f"({left} {expr.op} {right})", ATOM
+        if expr.op in ("min", "max"):
+            a, b = (self.vector(x) for x in expr.args)
+            which = {"min": "least", "max": "most"}[expr.op]
+            return f"{which}_{expr.dtype.value}({a}, {b})", ATOM
         return super()._print(expr)
 
     def _load(self, expr: Expr) -> str:
@@ -271,6 +284,11 @@ class ColumnsPrinter(LanesPrinter):
         scaled = f" + {storage.nbytes} * (ptrdiff_t)({at})" if base.op != "const" else ""
         return f"rows_{storage.name}((const uint8_t *){field}{scaled}, 0)"
 
+
+#: one column
+COLUMN = Dialect(
+    {**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS
+)
 
 #: columns of a row, side by side
 COLUMNS = Dialect(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from kernelgen.ir.rules import simplify, sum_terms
 from kernelgen.targets.base import Argument, Walk
 from kernelgen.targets.c.dialect import LANE
 from kernelgen.targets.maps import Kind, MapSteps, Stage, arguments, map_steps
-from kernelgen.targets.printer import statement
 
 #: the first column of a vector, or the column of a single element
 _C = var("c", MANY)
@@ -110,14 +108,8 @@ def _streams(kind: Kind, config: Config) -> bool:
     return bool(config.as_dict()["stream"]) and [o.storage.nbytes for o in outputs] == [4]
 
 
-def _statement(head: str, text: str, indent: int) -> str:
-    """Lines that are short enough to read, without commas before a bracket that closes."""
-    return re.sub(r",(\n *\))", r"\1", statement(head, text, indent))
-
-
 #: what the templates may call
 GLOBALS = {
-    "statement": _statement,
     "bits_of": _bits, "c_type": {"f32": "float", "i32": "int32_t", "u32": "uint32_t"},
     "handed_on": _handed_on, "parts_of": _parts, "streams": _streams,
 }  # fmt: skip

@@ -22,6 +22,16 @@ INLINE f32v sqrt_f32(f32v x) {
     return y;
 }
 
+// The smaller, and the larger, of two; b where one of them is NaN.
+#define LEAST(a, b) ({ __typeof__(a) a_ = (a), b_ = (b); a_ < b_ ? a_ : b_; })
+#define MOST(a, b) ({ __typeof__(a) a_ = (a), b_ = (b); b_ < a_ ? a_ : b_; })
+#define OF_TWO(type)                                                                       \
+    INLINE type##v least_##type(type##v a, type##v b) { return blend_##type(a < b, a, b); } \
+    INLINE type##v most_##type(type##v a, type##v b) { return blend_##type(b < a, a, b); }
+OF_TWO(f32)
+OF_TWO(i32)
+OF_TWO(u32)
+
 // ---- stores ---------------------------------------------------------------------------------
 
 // Past the caches where `stream` says so, from an address that whole vectors divide.
