@@ -21,6 +21,8 @@ from kernelgen.ir.ops import Activations
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.targets.attention import arrays, strides
 from kernelgen.targets.base import Argument, Array, Kernel, Weights, check_rows
+from kernelgen.targets.maps import Apply, dense, written
+from kernelgen.targets.maps import strides as map_strides
 
 Buffer = Any
 
@@ -321,6 +323,45 @@ class DeviceRuntime:
 
         return run
 
+    def apply(self, kernel: Kernel) -> Apply:
+        """A function of arrays by name, rows, columns, and arrays that it fills."""
+        launcher, driver, kind = self.launcher(kernel), self.driver(), kernel.subject
+        count = len(kind.inputs)
+        ins, outs = kernel.arguments[:count], kernel.arguments[count:]
+        given_names = [one.name for one in kind.inputs]
+        filled = list(zip(outs, written(kind), strict=False))
+
+        def run(inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]) -> None:
+            arrays = {name: dense(inputs[name]) for name in given_names}
+            sizes = {"ROWS": m, "COLUMNS": n, **map_strides(kind, arrays)}
+            buffers = {
+                one.name: driver.upload(_whole(a, _ITEM_BYTES[one.dtype]))
+                for one, a in zip(ins, arrays.values(), strict=True)
+            }
+            results = {}
+            for argument, one in filled:  # each row begins with a whole number of the kernel's
+                line = outputs[one.name][:1].nbytes
+                unit = _ITEM_BYTES[argument.dtype]
+                results[one.name] = np.empty((m, -(-line // unit) * unit), np.uint8)
+                buffers[argument.name] = driver.empty(results[one.name].nbytes)
+            self._check_size(max((*(a.nbytes for a in arrays.values()), *(r.nbytes for r in results.values()))))
+            launcher(buffers, sizes)
+            for argument, one in filled:
+                found, out = results[one.name], outputs[one.name]
+                driver.download(buffers[argument.name], found)
+                line = out[:1].nbytes
+                out.reshape(m, -1)[...] = found[:, :line].copy().view(out.dtype)
+
+        return run
+
+    def _check_size(self, nbytes: int) -> None:
+        """Raises TargetError where an array does not fit a buffer."""
+        if nbytes > self.driver().largest:
+            raise TargetError(
+                f"an array of {nbytes} bytes does not fit a buffer of target {self.name}, which"
+                f" holds {self.driver().largest} bytes; use another target"
+            )
+
     def attention(
         self, kernel: Kernel
     ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
@@ -398,6 +439,13 @@ def _given(
         for one in arrays(kind)
     }
     return {name: driver.upload(array) for name, array in found.items()}, strides(kind, found)
+
+
+def _whole(array: Array, unit: int) -> Array:
+    """An array's bytes, filled up to whole units."""
+    raw = array.reshape(-1).view(np.uint8)
+    missing = -raw.nbytes % unit
+    return np.concatenate([raw, np.zeros(missing, np.uint8)]) if missing else raw
 
 
 def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> CompileError:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernelgen.ir.expr import BOOL, F32, Expr, number, rebuild, show, transform
+from kernelgen.ir.expr import BOOL, F32, Expr, number, rebuild, transform
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Reduction, Rows
-from kernelgen.ir.ops.tensors import Output, reads_of, strides_of
+from kernelgen.ir.ops.tensors import Output, brief, reads_of, strides_of
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
 from kernelgen.targets.base import Argument
@@ -269,9 +269,8 @@ def about(kind: Kind) -> tuple[str, ...]:
     """Lines that say what a kernel computes, for the head of its source."""
     lines = [f"{one.name}: {one.dtype}, strides {one.strides}" for one in kind.inputs]
     for one in kind.reductions if isinstance(kind, Rows) else ():
-        lines.append(f"{one.name} = {one.kind} over a row of {show(one.value)}")
-    lines += [f"{one.name}: {one.dtype} = {show(one.value)}" for one in written(kind)]
-    return tuple(line if len(line) <= 400 else f"{line[:397]}..." for line in lines)
+        lines.append(f"{one.name} = {one.kind} over a row of {brief(one.value)}")
+    return (*lines, *(f"{o.name}: {o.dtype} = {brief(o.value)}" for o in written(kind)))
 
 
 def wrapped(head: str, text: str, indent: int) -> str:

@@ -151,6 +151,8 @@ class Printer:
             return self._dialect.word("constant.u32").format(x=text)
         if expr.dtype is BOOL:
             return self._dialect.words.get(f"constant.{expr.attr}", str(int(expr.attr)))
+        if expr.attr == -(2**31):  # its opposite is no i32
+            return "(-2147483647 - 1)"
         return str(expr.attr)
 
     def _operator(self, expr: Expr) -> tuple[str, int]:

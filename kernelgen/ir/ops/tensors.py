@@ -176,8 +176,26 @@ def check_names(inputs: Iterable[Tensor], others: Iterable[str]) -> tuple[str, .
 
 def digest(*parts: object) -> str:
     """Tells descriptions apart, in a name."""
-    texts = (show(one) if isinstance(one, Expr) else repr(one) for one in parts)
-    return hashlib.sha256("; ".join(texts).encode()).hexdigest()[:8]
+    numbers: dict[Expr, int] = {}
+    lines: list[str] = []
+    for part in parts:
+        for node in walk(part) if isinstance(part, Expr) else ():
+            if node not in numbers:
+                numbers[node] = len(numbers)
+                args = [numbers[a] for a in node.args]
+                lines.append(f"{node.op} {node.dtype.value} {node.attr!r} {args}")
+        lines.append(str(numbers[part]) if isinstance(part, Expr) else repr(part))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def brief(expr: Expr, most: int = 80) -> str:
+    """An expression as a person would write it, or only what it is made of where that is long."""
+    sizes: dict[Expr, int] = {}
+    for node in walk(expr):
+        sizes[node] = 1 + sum(sizes[a] for a in node.args)
+    if sizes[expr] <= most:
+        return show(expr)
+    return f"{len(sizes)} operations on {', '.join(sorted(reads_of([expr])))}"
 
 
 def reads_of(exprs: Iterable[Expr]) -> frozenset[str]:

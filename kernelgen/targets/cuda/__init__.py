@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernelgen.config import Capabilities
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Target
 from kernelgen.targets.cuda import walks, wide
 from kernelgen.targets.cuda.dialect import MEMORY, CudaWords, parameters
@@ -43,11 +43,12 @@ TARGET = Target(
     description="CUDA C++",
     suffix=".cu",
     # tensor cores for many rows of activations; for few, a warp a row
-    walks=(*_SHARED[:3], *_TENSOR[:7], *_SHARED[3:], *_TENSOR[7:], *simt_attention.walks()),
+    walks=(*_SHARED[:3], *_TENSOR[:7], *_SHARED[3:], *_TENSOR[7:], *simt_attention.walks(), *simt_maps.walks()),
     dialects={"memory": MEMORY},
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
+    | simt_maps.GLOBALS
     | simt.template_globals(CudaWords())
     | {
         "words": "words.cu",
@@ -63,5 +64,5 @@ TARGET = Target(
         "code_shift": walks.code_shift,
     },
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | _KEYWORDS,
+    reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
 )

@@ -9,7 +9,7 @@ from kernelgen.config.matrices import HalfMatrixTileConfig, MatrixTileConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Launch, Target, Walk
 from kernelgen.targets.metal.dialect import MEMORY, MetalWords
 
@@ -76,7 +76,7 @@ def _walks() -> tuple[Walk, ...]:
         _matrix("fp16", HalfMatrixTileConfig, shared),
         _matrix("bf16", HalfMatrixTileConfig, shared),
     )
-    return (*matrices, *shared, *simt_attention.walks())
+    return (*matrices, *shared, *simt_attention.walks(), *simt_maps.walks())
 
 
 TARGET = Target(
@@ -88,10 +88,11 @@ TARGET = Target(
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
+    | simt_maps.GLOBALS
     | simt.template_globals(MetalWords())
     | {"words": "words.metal", "run_of": run_of},
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | _KEYWORDS,
+    reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
     feature_names={
         "bf16": "MTLLanguageVersion3_1",
         "fp16": "",
