@@ -20,7 +20,7 @@ from kernelgen.ir.expr import BOOL, F32, U32, Expr
 from kernelgen.ir.ops import functions, maps
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Rows
-from kernelgen.ir.ops.tensors import MANY, TYPES, Tensor
+from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
 
 Array = npt.NDArray[Any]
 Kind = Map | Rows
@@ -65,7 +65,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
             f"an array of {_NUMPY[dtype]} was asked for, which numpy has with ml_dtypes only:"
             " pip install kernelgen[floats]"
         ) from error
-    return np.dtype(getattr(ml_dtypes, _NUMPY[dtype]))
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _NUMPY[dtype]))
+    return found
 
 
 def raw(array: Array, dtype: str, written: bool = False) -> Array:
@@ -134,6 +135,12 @@ def run(
         return
     if n >= MANY:
         raise ShapeError(f"rows of {n} elements were given; fewer than {MANY} are allowed")
+    far = max((_reach(a) for a in arrays.values()), default=0)
+    if far >= 1 << 31:
+        raise ShapeError(
+            f"an array whose first and last element lie {far} elements apart was given; fewer than"
+            " 2^31 are allowed"
+        )
     run = _runner(target or api.default_target(), kind)
     same, results = set(shared), set() if isinstance(kind, Map) else {o.name for o in kind.results}
     flat = {k: a.reshape(m) if k in results else a.reshape(m, n) for k, a in outputs.items()}
@@ -145,6 +152,14 @@ def run(
         part = slice(start, min(start + step, m))
         some = {name: a if name in same else a[part] for name, a in arrays.items()}
         run(some, part.stop - start, n, {name: a[part] for name, a in flat.items()})
+
+
+def _reach(array: Array) -> int:
+    """Elements from the first to the last of rows that a kernel is given at once."""
+    rows = max(1, _PIECE // max(1, array.shape[-1] if array.ndim > 1 else 1))
+    sizes = (min(array.shape[0], rows), *array.shape[1:]) if array.ndim else ()
+    steps = (abs(s) // array.itemsize for s in array.strides)
+    return sum((n - 1) * s for n, s in zip(sizes, steps, strict=True) if n > 1)
 
 
 def _steps(array: Array) -> tuple[str | int, ...]:
@@ -186,8 +201,7 @@ def _collapsed(shape: tuple[int, ...], arrays: Sequence[Array]) -> list[Array]:
     missing = 2 - len(groups)
     sizes = [1] * missing + [math.prod(shape[a] for a in one) for one in groups]
     return [
-        as_strided(v, sizes, [0] * missing + [v.strides[one[-1]] for one in groups])
-        for v in views
+        as_strided(v, sizes, [0] * missing + [v.strides[one[-1]] for one in groups]) for v in views
     ]
 
 
@@ -265,7 +279,7 @@ class MapFunction:
         return found
 
     def _traced(self, inputs: tuple[Tensor, ...], types: list[str], dtype: Any) -> Map:
-        elements = [one[maps.ROW, maps.COL] for one in inputs]
+        elements = [one[ROW, COL] for one in inputs]
         result = self._function(*elements)
         values = result if isinstance(result, tuple) else (result,)
         made = [v if isinstance(v, Expr) else functions.number(v) for v in values]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernelgen.api_maps import MapFunction, as_array, outputs, raw, run, tensor, type_of
+from kernelgen.api_maps import Kind, MapFunction, as_array, outputs, raw, run, tensor, type_of
 from kernelgen.errors import ShapeError
 from kernelgen.ir.expr import F32, Expr
 from kernelgen.ir.ops import functions as f
@@ -24,7 +24,7 @@ from kernelgen.ir.ops.rope import Llama3 as Llama3
 from kernelgen.ir.ops.rope import Scaling
 from kernelgen.ir.ops.rope import Yarn as Yarn
 from kernelgen.ir.ops.rows import Rows
-from kernelgen.ir.ops.tensors import Tensor
+from kernelgen.ir.ops.tensors import COL, ROW, Tensor
 
 Array = npt.NDArray[Any]
 
@@ -202,7 +202,7 @@ class _Call:
         self.arrays[name] = found
         return tensor(name, found, dtype, shared=name in self.shared)
 
-    def run(self, kind: rows.Rows | maps.Map, target: str | None, out: Any = None) -> Any:
+    def run(self, kind: Kind, target: str | None, out: Any = None) -> Any:
         """The results."""
         made, filled = outputs(kind, self.shape, out)
         size = (math.prod(self.shape[:-1]), self.shape[-1])
@@ -308,7 +308,7 @@ def _reduced(x: Any, make: Callable[..., Rows], what: str, target: str | None) -
     call = _Call(x)
     element = call.rows("x", x)
     dtype = _float_type(x, None)
-    whole = element[maps.ROW, maps.COL].dtype is not F32
+    whole = element[ROW, COL].dtype is not F32
     result: Array = call.run(make(element, dtype="i32" if whole else dtype), target)
     return result
 
@@ -356,10 +356,8 @@ def topk(x: Any, k: int, *, target: str | None = None) -> tuple[Array, Array]:
         )
     call = _Call(x)
     element = call.rows("x", x)
-    whole = element[maps.ROW, maps.COL].dtype is not F32
-    found = call.run(
-        rows.topk(element, k, dtype="i32" if whole else _float_type(x, None)), target
-    )
+    whole = element[ROW, COL].dtype is not F32
+    found = call.run(rows.topk(element, k, dtype="i32" if whole else _float_type(x, None)), target)
     return np.stack(found[::2], axis=-1), np.stack(found[1::2], axis=-1)
 
 

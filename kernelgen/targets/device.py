@@ -80,7 +80,9 @@ class Piece:
 
 
 _ITEM_TYPES = {"f32": np.float32, "i32": np.int32}
-_ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
+_ITEM_BYTES = {
+    "u8": 1, "i8": 1, "u16": 2, "i16": 2, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4,
+}  # fmt: skip
 
 
 class Launcher:
@@ -344,7 +346,7 @@ class DeviceRuntime:
                 unit = _ITEM_BYTES[argument.dtype]
                 results[one.name] = np.empty((m, -(-line // unit) * unit), np.uint8)
                 buffers[argument.name] = driver.empty(results[one.name].nbytes)
-            self._check_size(max((*(a.nbytes for a in arrays.values()), *(r.nbytes for r in results.values()))))
+            self._check_size([*arrays.values(), *results.values()])
             launcher(buffers, sizes)
             for argument, one in filled:
                 found, out = results[one.name], outputs[one.name]
@@ -354,8 +356,9 @@ class DeviceRuntime:
 
         return run
 
-    def _check_size(self, nbytes: int) -> None:
-        """Raises TargetError where an array does not fit a buffer."""
+    def _check_size(self, arrays: Sequence[Array]) -> None:
+        """Raises TargetError where one does not fit a buffer."""
+        nbytes = max(a.nbytes for a in arrays)
         if nbytes > self.driver().largest:
             raise TargetError(
                 f"an array of {nbytes} bytes does not fit a buffer of target {self.name}, which"

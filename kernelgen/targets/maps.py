@@ -1,4 +1,4 @@
-"""What maps and row reductions take on every target: arguments of their entry points, and arrays."""
+"""What maps and row reductions take on every target: arguments of entry points, steps, arrays."""
 
 from __future__ import annotations
 
@@ -176,9 +176,7 @@ class _Shared:
             self._once[node] = variable(once[-1].name, made)
         return self._once[node]
 
-    def _named(
-        self, node: Expr, args: tuple[Expr, ...], old: list[Let], lets: list[Let]
-    ) -> Expr:
+    def _named(self, node: Expr, args: tuple[Expr, ...], old: list[Let], lets: list[Let]) -> Expr:
         """What stands for a value that may be kept."""
         name = f"{KEPT}{node.attr}"
         found = self.kept.get(name)

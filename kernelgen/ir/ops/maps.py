@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kernelgen.errors import ShapeError
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import U32, Expr, cast, where
+from kernelgen.ir.expr import U32, Expr, cast, equal, minimum, where
 from kernelgen.ir.ops import functions as f
 from kernelgen.ir.ops.tensors import (
     COL,
@@ -53,7 +53,8 @@ class Map:
     @property
     def name(self) -> str:
         """What it is called in names of kernels and files."""
-        types = "_".join(dict.fromkeys(one.dtype for one in (*self.inputs, *self.outputs)))
+        kinds = (*(i.dtype for i in self.inputs), *(o.dtype for o in self.outputs))
+        types = "_".join(dict.fromkeys(kinds))
         parts = ((i.name, i.dtype, i.strides) for i in self.inputs)
         values = (x for o in self.outputs for x in (o.name, o.dtype, o.value))
         return f"{self.label}_{types}_{digest(*parts, *values)}"
@@ -61,7 +62,7 @@ class Map:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that its author chose."""
-        return tuple(one.name for one in (*self.inputs, *self.outputs))
+        return (*(i.name for i in self.inputs), *(o.name for o in self.outputs))
 
 
 def evaluate_map(
@@ -96,7 +97,8 @@ def flat(array: Array) -> Array:
 
 # ---- maps in wide use --------------------------------------------------------------------------
 
-Function = Callable[..., Expr]
+#: gives an expression, or a tuple of them
+Function = Callable[..., Any]
 
 
 def trace(
@@ -126,7 +128,6 @@ def rotated(
     rest: Tensor,
     *,
     dims: int,
-    heads: int = 1,
     neighbours: bool = False,
     magnitude: float = 1.0,
     dtype: str = "f32",
@@ -135,8 +136,8 @@ def rotated(
     """Rotary positions (Su et al., 2021): pairs of the first `dims` elements of each column vector
     turn by an angle that grows with the position.  Others are copied.
 
-    x          (rows, elements); `heads` rows follow one another at each position
-    positions  (rows / heads), i32, 0 and above
+    x          (rows, elements)
+    positions  (rows), i32, 0 and above
     turns, rest  (dims / 2), u32: how far a pair turns from one position to the next, in 2^-32 of a
                turn, and what this lacks, in 2^-48 of a turn, below 2^16.  With these an angle is
                exact to 2^-31 of a turn at any position
@@ -144,14 +145,15 @@ def rotated(
     magnitude  of sine and cosine
     """
     half = dims // 2
-    inside = COL % dims  # elements beyond are not turned, and have a partner all the same
-    pair = inside // 2 if neighbours else inside % half
-    first = inside % 2 < 1 if neighbours else inside < half
+    inside = minimum(COL, dims - 1)  # those beyond are not turned, and read what is there
     if neighbours:
+        pair, first = inside >> 1, equal(inside & 1, 0)
         partner = where(first, inside + 1, inside - 1)
     else:
+        first = inside < half
+        pair = where(first, inside, inside - half)
         partner = where(first, inside + half, inside - half)
-    position = positions[ROW // heads if heads > 1 else ROW]
+    position = positions[ROW]
     high, low = turns[pair], rest[pair]
     p = cast(U32, position)
     phase = p * high + (p >> 16) * low + (((p & 0xFFFF) * low) >> 16)

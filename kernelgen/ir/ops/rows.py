@@ -31,7 +31,7 @@ from kernelgen.ir.expr import (
 from kernelgen.ir.expr import number as f32_variable
 from kernelgen.ir.floats import of_sort_key, sort_key
 from kernelgen.ir.ops import functions as f
-from kernelgen.ir.ops.maps import Map, flat
+from kernelgen.ir.ops.maps import flat
 from kernelgen.ir.ops.tensors import (
     COL,
     COLUMNS,
@@ -115,7 +115,7 @@ class Rows:
                 " were given; a row reduction needs one of each at least"
             )
         written = (*self.outputs, *self.results)
-        check_names(self.inputs, [o.name for o in (*written, *self.reductions)])
+        check_names(self.inputs, [*(o.name for o in written), *(r.name for r in self.reductions)])
         if "col" in reads_of(o.value for o in self.results):
             raise ShapeError("a result of a whole row was made of single elements; reduce them")
 
@@ -123,7 +123,8 @@ class Rows:
     def name(self) -> str:
         """What it is called in names of kernels and files."""
         written = (*self.outputs, *self.results)
-        types = "_".join(dict.fromkeys(one.dtype for one in (*self.inputs, *written)))
+        kinds = (*(i.dtype for i in self.inputs), *(o.dtype for o in written))
+        types = "_".join(dict.fromkeys(kinds))
         parts: list[object] = [(i.name, i.dtype, i.strides) for i in self.inputs]
         parts += [x for r in self.reductions for x in (r.name, r.kind, r.value)]
         parts += [x for o in written for x in (o.name, o.dtype, o.value)]
@@ -132,7 +133,8 @@ class Rows:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that its author chose, of arrays."""
-        return tuple(one.name for one in (*self.inputs, *self.outputs, *self.results))
+        written = (*self.outputs, *self.results)
+        return (*(i.name for i in self.inputs), *(o.name for o in written))
 
     @property
     def passes(self) -> tuple[tuple[Reduction, ...], ...]:
@@ -223,9 +225,9 @@ def evaluate_rows(
         known[one.name] = np.repeat(found, columns)
     result = {one.name: whole(one.stored) for one in kind.outputs}
     known |= per_row | {"row": np.arange(rows), "col": np.zeros(rows, np.int32)}
-    for one in kind.results:
-        value = evaluate(one.stored, known, fields).reshape(-1)
-        result[one.name] = np.broadcast_to(value, rows)
+    for out in kind.results:
+        value = evaluate(out.stored, known, fields).reshape(-1)
+        result[out.name] = np.broadcast_to(value, rows)
     return result
 
 
@@ -384,8 +386,3 @@ def topk(x: Tensor, count: int, *, dtype: str = "f32") -> Rows:
         results += [Output(f"value{n}", dtype, found), Output(f"place{n}", "i32", place)]
         left = (key < best) | (equal(key, best) & (place < COL))
     return row.done((x,), results=tuple(results), label=f"top{count}")
-
-
-def subject_arrays(kind: Map | Rows) -> tuple[tuple[Output, ...], tuple[Output, ...]]:
-    """What a kernel writes for each element, and for each row."""
-    return kind.outputs, kind.results if isinstance(kind, Rows) else ()

@@ -19,6 +19,7 @@ _OPERATORS = {"//": "/"}
 _COMMON = {
     "constant.f32": "{x}f",
     "constant.u32": "{x}u",
+    "constant.least": "(-2147483647 - 1)",
     "constant.special": "bits_to_f32({x})",
     "select": "({condition} ? {a} : {b})",
 }
@@ -286,9 +287,7 @@ class ColumnsPrinter(LanesPrinter):
 
 
 #: one column
-COLUMN = Dialect(
-    {**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS
-)
+COLUMN = Dialect({**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS)
 
 #: columns of a row, side by side
 COLUMNS = Dialect(

@@ -54,9 +54,12 @@ def _ahead(stage: Stage) -> Iterable[Expr]:
     found: dict[Expr, None] = {}
     for expr in (*(one.value for one in stage.lets), *stage.values):
         for node in nodes_of(expr):
-            if node.op == "load" and LANE in sum_terms(node.args[0]):
-                if ROW in nodes_of(node.args[0]):
-                    found[substitute(node, {ROW: var("next", MANY), LANE: const(0, I32)})] = None
+            if (
+                node.op == "load"
+                and LANE in sum_terms(node.args[0])
+                and ROW in nodes_of(node.args[0])
+            ):
+                found[substitute(node, {ROW: var("next", MANY), LANE: const(0, I32)})] = None
     return (simplify(node) for node in found)
 
 

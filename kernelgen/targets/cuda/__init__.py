@@ -43,7 +43,14 @@ TARGET = Target(
     description="CUDA C++",
     suffix=".cu",
     # tensor cores for many rows of activations; for few, a warp a row
-    walks=(*_SHARED[:3], *_TENSOR[:7], *_SHARED[3:], *_TENSOR[7:], *simt_attention.walks(), *simt_maps.walks()),
+    walks=(
+        *_SHARED[:3],
+        *_TENSOR[:7],
+        *_SHARED[3:],
+        *_TENSOR[7:],
+        *simt_attention.walks(),
+        *simt_maps.walks(),
+    ),
     dialects={"memory": MEMORY},
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),

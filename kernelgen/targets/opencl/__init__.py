@@ -24,7 +24,8 @@ TARGET = Target(
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
     | simt_maps.GLOBALS
-    | simt.template_globals(OpenCLWords()) | {"words": "words.cl"},
+    | simt.template_globals(OpenCLWords())
+    | {"words": "words.cl"},
     variants=("emulated",),
     reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
     feature_names={

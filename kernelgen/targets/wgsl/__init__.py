@@ -25,7 +25,8 @@ TARGET = Target(
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
     | simt_maps.GLOBALS
-    | simt.template_globals(WgslWords()) | {"words": "words.wgsl"},
+    | simt.template_globals(WgslWords())
+    | {"words": "words.wgsl"},
     reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
     feature_names={
         "fp16": "shader-f16",
