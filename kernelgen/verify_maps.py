@@ -117,7 +117,7 @@ def _one(
         for m, n in shapes:
             # the library's rotary positions are of one head size, top-k takes as many columns
             width = library.HEAD_DIM if kind.label.startswith("rope") else n
-            errors.append(check(run, kind, m, max(width, 8 if kind.label == "top8" else 1)))
+            errors.append(check(run, kind, m, max(width, 3 if kind.label == "top3" else 1)))
         if max(errors) > bound:
             problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
     except KernelgenError as error:

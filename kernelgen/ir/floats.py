@@ -20,6 +20,7 @@ from kernelgen.ir.expr import (
     bitcast,
     cast,
     const,
+    equal,
     maximum,
     minimum,
     where,
@@ -121,13 +122,18 @@ def is_nan(x: Expr) -> Expr:
     return const(_INFINITY, U32) < (bitcast(U32, x) & _MAGNITUDE)
 
 
-def sort_key(x: Expr) -> Expr:
-    """An i32 that orders f32 as numpy does: both zeros alike, NaN above all."""
-    bits = bitcast(I32, x)
-    plain = where(bits < -_MAGNITUDE, const(0, I32), where(is_nan(x), const(_MAGNITUDE, I32), bits))
+def order_key(x: Expr) -> Expr:
+    """An i32 that orders f32, the negative zero below the other and NaN above all."""
+    plain = where(is_nan(x), const(_MAGNITUDE, I32), bitcast(I32, x))
     return plain ^ ((plain >> 31) & _MAGNITUDE)
 
 
+def sort_key(x: Expr) -> Expr:
+    """An i32 that orders f32 as numpy does: both zeros alike, NaN above all."""
+    key = order_key(x)
+    return where(equal(key, -1), const(0, I32), key)
+
+
 def of_sort_key(key: Expr) -> Expr:
-    """The f32 of a `sort_key`."""
+    """The f32 of an `order_key` or `sort_key`."""
     return bitcast(F32, key ^ ((key >> 31) & _MAGNITUDE))

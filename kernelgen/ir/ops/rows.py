@@ -29,7 +29,7 @@ from kernelgen.ir.expr import (
     where,
 )
 from kernelgen.ir.expr import number as f32_variable
-from kernelgen.ir.floats import of_sort_key, sort_key
+from kernelgen.ir.floats import of_sort_key, order_key, sort_key
 from kernelgen.ir.ops import functions as f
 from kernelgen.ir.ops.maps import flat
 from kernelgen.ir.ops.tensors import (
@@ -173,7 +173,7 @@ class Row:
     def max(self, value: Expr, name: str = "largest") -> Expr:
         """The largest value."""
         if value.dtype is F32:
-            return of_sort_key(self._add("max", sort_key(value), name))
+            return of_sort_key(self._add("max", order_key(value), name))
         return self._add("max", cast(I32, value), name)
 
     def min(self, value: Expr, name: str = "smallest") -> Expr:
@@ -262,7 +262,7 @@ def softmax(
     own = None
     if sinks is not None:
         own = f.number(sinks[ROW])
-        largest = of_sort_key(maximum(sort_key(largest), sort_key(own)))
+        largest = of_sort_key(maximum(order_key(largest), order_key(own)))
     weight = named("weight", f.exp(score - largest), COL)
     total = row.sum(weight)
     if own is not None:

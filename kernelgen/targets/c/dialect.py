@@ -294,6 +294,7 @@ COLUMNS = Dialect(
     {
         **LANES.words,
         "cast.f32>u32": "to_u32({x})",
+        "call.exp": "exp_each({x})",
         "call.sqrt": "sqrt_f32({x})",
         "call.rsqrt": "(1 / sqrt_f32({x}))",
     },

@@ -106,9 +106,9 @@ def _bits(expr: Expr, text: str, vector: bool) -> str:
 
 
 def _streams(kind: Kind, config: Config) -> bool:
-    """Whether results may be written past the caches: one array of whole lanes."""
-    outputs = kind.outputs
-    return bool(config.as_dict()["stream"]) and [o.storage.nbytes for o in outputs] == [4]
+    """Whether results may be written past the caches: one array, of elements of 2 or 4 bytes."""
+    sizes = [one.storage.nbytes for one in kind.outputs]
+    return bool(config.as_dict()["stream"]) and sizes in ([2], [4])
 
 
 #: what the templates may call

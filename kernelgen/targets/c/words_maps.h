@@ -22,6 +22,27 @@ INLINE f32v sqrt_f32(f32v x) {
     return y;
 }
 
+// exp to within 2 units in the last place: with AVX-512 of all numbers, elsewhere as exp_f32.
+INLINE f32v exp_each(f32v x) {
+#if LANES == 16
+    // of these the second operand is the result where one is NaN
+    const __m512 above = _mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x);
+    const __m512 inside = _mm512_min_ps(_mm512_set1_ps(89.0f), above);
+    const __m512 scaled = _mm512_mul_ps(inside, _mm512_set1_ps(1.44269504f));
+    const __m512 power = _mm512_roundscale_ps(scaled, 8);  // to the nearest whole number
+    // Cephes' reduction and polynomial (expf.c), as in exp_parts
+    const f32v n = (f32v)power, r = ((f32v)inside - n * 0.693359375f) - n * -2.12194440e-4f;
+    f32v y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    return (f32v)_mm512_scalef_ps((__m512)(y * (r * r) + r + 1.0f), power);
+#else
+    return exp_f32(x);
+#endif
+}
+
 // The smaller, and the larger, of two; b where one of them is NaN.
 #define LEAST(a, b) ({ __typeof__(a) a_ = (a), b_ = (b); a_ < b_ ? a_ : b_; })
 #define MOST(a, b) ({ __typeof__(a) a_ = (a), b_ = (b); b_ < a_ ? a_ : b_; })
@@ -51,8 +72,19 @@ INLINE void store4(uint8_t *to, u32v x, const int stream) {
     memcpy(to, &x, sizeof x);
 }
 INLINE void store2(uint8_t *to, u32v x, const int stream) {
-    (void)stream;
     const u16v y = __builtin_convertvector(x, u16v);
+#if LANES == 16
+    if (stream) {
+        _mm256_stream_si256((__m256i *)to, (__m256i)y);
+        return;
+    }
+#elif LANES == 8
+    if (stream) {
+        _mm_stream_si128((__m128i *)to, (__m128i)y);
+        return;
+    }
+#endif
+    (void)stream;
     memcpy(to, &y, sizeof y);
 }
 INLINE void store1(uint8_t *to, u32v x, const int stream) {
@@ -68,9 +100,9 @@ INLINE void put2(uint8_t *to, uint32_t x) {
 }
 INLINE void put1(uint8_t *to, uint32_t x) { *to = (uint8_t)x; }
 
-// Elements of 4 bytes before the first address that whole vectors divide.
-INLINE int before_aligned(const uint8_t *p) {
-    return (int)((-(uintptr_t)p & (sizeof(f32v) - 1)) / 4);
+// Elements of so many bytes before the first address that whole vectors of them divide.
+INLINE int before_aligned(const uint8_t *p, const int nbytes) {
+    return (int)((-(uintptr_t)p & (uintptr_t)(nbytes * LANES - 1)) / (uintptr_t)nbytes);
 }
 // What was written past the caches is there for other threads.
 INLINE void streamed(void) {

@@ -19,7 +19,7 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Target, Walk
+from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk
 from kernelgen.targets.printer import statement
 from kernelgen.targets.triton import attention, maps
 from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, TILES, UNROLLED
@@ -82,8 +82,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _meaning(one: Argument, fmt: BlockFormat) -> str:
+def _meaning(one: Argument, fmt: Subject) -> str:
     """What an argument's shape or content means, behind its declaration."""
+    if not isinstance(fmt, BlockFormat):
+        return ""
     if one.name == "w":
         return f", ROW_BYTES = K / {fmt.block} * {fmt.nbytes}" if fmt.block > 1 else ""
     if one.name == "xd":
