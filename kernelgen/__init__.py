@@ -22,6 +22,13 @@ _HOME = {
     **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
     "KVCache": "kernelgen.kv_cache",
     "gated_matmul": "kernelgen.api_fused",
+    "map": "kernelgen.api_maps",
+    **dict.fromkeys(
+        ("Linear", "Llama3", "Yarn", "add", "argmax", "cast", "geglu", "gelu", "layer_norm", "mul",
+         "relu", "rms_norm", "rope", "row_max", "row_min", "row_sum", "sigmoid", "silu", "softmax",
+         "swiglu", "tanh", "topk"),
+        "kernelgen.api_rows",
+    ),
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -44,6 +51,29 @@ if TYPE_CHECKING:
     from kernelgen.api_attention import attention as attention
     from kernelgen.api_attention import captured as captured
     from kernelgen.api_fused import gated_matmul as gated_matmul
+    from kernelgen.api_maps import map as map
+    from kernelgen.api_rows import Linear as Linear
+    from kernelgen.api_rows import Llama3 as Llama3
+    from kernelgen.api_rows import Yarn as Yarn
+    from kernelgen.api_rows import add as add
+    from kernelgen.api_rows import argmax as argmax
+    from kernelgen.api_rows import cast as cast
+    from kernelgen.api_rows import geglu as geglu
+    from kernelgen.api_rows import gelu as gelu
+    from kernelgen.api_rows import layer_norm as layer_norm
+    from kernelgen.api_rows import mul as mul
+    from kernelgen.api_rows import relu as relu
+    from kernelgen.api_rows import rms_norm as rms_norm
+    from kernelgen.api_rows import rope as rope
+    from kernelgen.api_rows import row_max as row_max
+    from kernelgen.api_rows import row_min as row_min
+    from kernelgen.api_rows import row_sum as row_sum
+    from kernelgen.api_rows import sigmoid as sigmoid
+    from kernelgen.api_rows import silu as silu
+    from kernelgen.api_rows import softmax as softmax
+    from kernelgen.api_rows import swiglu as swiglu
+    from kernelgen.api_rows import tanh as tanh
+    from kernelgen.api_rows import topk as topk
     from kernelgen.errors import KernelgenError as KernelgenError
     from kernelgen.ir.block import BlockFormat as BlockFormat
     from kernelgen.kv_cache import KVCache as KVCache

@@ -15,10 +15,15 @@ from kernelgen.generate import generate_walk, render_index
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import show
 from kernelgen.ir.layout import PLANES, ROWS8, unit_bytes
+from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention, causal, trace
+from kernelgen.ir.ops.maps import Map
+from kernelgen.ir.ops.rows import Rows
+from kernelgen.ir.ops.tensors import brief
 from kernelgen.ir.steps import codebook
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import OPS, Kernel, Target
+from kernelgen.targets.maps import written
 
 
 def kernels(
@@ -41,6 +46,18 @@ def kernels(
                     if walk.op == "attention" and walk.accepts(kind) is None:
                         one = generate_walk(walk, kind, target)
                         yield from (one, *one.needs.values(), *one.then.values())
+
+
+def all_kernels(
+    target: Target, formats: Iterable[BlockFormat], ops: Iterable[str] = OPS
+) -> Iterator[Kernel]:
+    """`kernels`, and those of the maps and row reductions of the library, which know no format."""
+    wanted = tuple(ops)
+    yield from kernels(target, formats, wanted)
+    for walk in target.walks:
+        for kind in library.kinds(walk.op) if walk.op in wanted else ():
+            if walk.accepts(kind) is None:
+                yield generate_walk(walk, kind, target)
 
 
 #: formats of keys and values for which attention is built, and elements of heads
@@ -101,6 +118,12 @@ def _subject(kernel: Kernel) -> dict[str, Any]:
             "k": kind.k.name, "v": kind.v.name, "scale": kind.scale,
             "score": None if kind.score is None else show(kind.score),
             "mask": None if kind.mask is None else show(kind.mask),
+        }  # fmt: skip
+    if isinstance(kind, Map | Rows):
+        return {
+            kernel.op: kind.name, "label": kind.label,
+            "inputs": {i.name: {"type": i.dtype, "strides": i.strides} for i in kind.inputs},
+            "outputs": {o.name: {"type": o.dtype, "value": brief(o.value)} for o in written(kind)},
         }  # fmt: skip
     fmt = kernel.format
     return {
@@ -171,7 +194,7 @@ def build(
     With `check` nothing is written: what is returned is missing, stale, or should not be there.
     """
     folder = out / target.name
-    wanted = contents(target, list(kernels(target, formats, ops)))
+    wanted = contents(target, list(all_kernels(target, formats, ops)))
     changed = [folder / name for name, text in wanted.items() if _read(folder / name) != text]
     if check:
         present = {p.name for p in folder.iterdir()} if folder.is_dir() else set()

@@ -30,9 +30,15 @@ LEVELS = (
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
     ("targets.printer",),
     ("targets.base",),
-    ("targets.attention",),
+    ("targets.attention", "targets.maps"),
     # what several targets share
-    ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated"),
+    (
+        "targets.simt",
+        "targets.simt_attention",
+        "targets.simt_maps",
+        "targets.device",
+        "targets.emulated",
+    ),
     ("targets.resident",),
     ("targets.*",),
     ("targets",),
@@ -45,6 +51,8 @@ LEVELS = (
         "api_attention",
         "api_fused",
         "accuracy",
+        "api_maps",
+        "api_rows",
         "bench",
         "cli",
         "demo",
@@ -56,11 +64,13 @@ LEVELS = (
         "verify",
         "verify_attention",
         "verify_epilogue",
+        "verify_maps",
     ),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "printer", "simt", "simt_attention", "device", "emulated", "resident"
+    "attention", "base", "printer", "maps", "simt", "simt_attention", "simt_maps", "device",
+    "emulated", "resident",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 

@@ -57,7 +57,7 @@ def build(
         start = time.perf_counter()
         assumed = _assuming(one, isa)
         changed = files.build(assumed, out, formats, ops, check=check)
-        made = list(files.kernels(assumed, formats, ops))
+        made = list(files.all_kernels(assumed, formats, ops))
         left_over = _left_over(out / one.name, set(files.contents(assumed, made)))
         built = {
             "target": one.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -27,14 +27,19 @@ from kernelgen.cli.terminal import (
     said_of,
     table,
 )
-from kernelgen.errors import ConfigError
+from kernelgen.errors import ConfigError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops import library
 from kernelgen.ir.steps import code_word
 from kernelgen.problem import PRECISIONS, choose_precision
-from kernelgen.targets.base import OPS, Target
+from kernelgen.targets.base import OPS, Kernel, Target
 from kernelgen.verify_epilogue import KINDS
+
+#: ops whose kernels are about arrays, not about a format
+_OF_ARRAYS = ("map", "rows")
+_OF_FORMATS = tuple(op for op in OPS if op not in _OF_ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,15 @@ def list_kernels(
         runtime = one.reach()
         unavailable = runtime.available()
         how = "none" if unavailable else runtime.how()
-        cells = [_cell(one, op, fmt, how, unavailable) for fmt in formats for op in OPS]
+        cells = [_cell(one, op, fmt, how, unavailable) for fmt in formats for op in _OF_FORMATS]
         result += cells
         if not as_json:
             _print_cells(one, formats, cells, unavailable)
+        if not format:  # what is not about formats
+            maps = [cell for op in _OF_ARRAYS for cell in _map_cells(one, op, how, unavailable)]
+            result += maps
+            if not as_json:
+                _print_maps(maps)
     if as_json:
         print_json([asdict(cell) for cell in result])
 
@@ -95,7 +105,7 @@ def _print_cells(
     target: Target, formats: Sequence[BlockFormat], cells: list[Cell], unavailable: str | None
 ) -> None:
     by_place = {(cell.format, cell.op): cell for cell in cells}
-    ops = [op for op in OPS if any(walk.op == op for walk in target.walks)]
+    ops = [op for op in _OF_FORMATS if any(walk.op == op for walk in target.walks)]
     shown = table(
         "format",
         "bits",
@@ -147,6 +157,27 @@ def decoded(fmt: BlockFormat) -> str:
     return "scalar" if code_word(fmt).scalar_because else "packed"
 
 
+def _map_cells(target: Target, op: str, how: str, unavailable: str | None) -> list[Cell]:
+    """The maps or row reductions of the library on a target; each is a cell whose format is its
+    name."""
+    able = [walk for walk in target.walks if walk.op == op]
+    none = unavailable or (None if able else "it has no walk for this op")
+    return [
+        Cell(target.name, op, name, how if none is None else "none", (), (), none)
+        for name in library.NAMES
+        if library.op_of(library.get(name)) == op
+    ]
+
+
+def _print_maps(cells: list[Cell]) -> None:
+    """A line for each op."""
+    for op in _OF_ARRAYS:
+        some = [cell for cell in cells if cell.op == op]
+        how = " ".join(dict.fromkeys(cell.how for cell in some))
+        console().print(f"  {op}, {how}: {', '.join(cell.format for cell in some)}")
+    console().print()
+
+
 def _words(cell: Cell) -> str:
     """run, run* (decoded lane by lane), run int8 fp32."""
     return " ".join([cell.how + "*" * bool(cell.notes), *cell.precisions])
@@ -190,7 +221,12 @@ def devices(as_json: AsJson = False) -> None:
 
 def show(
     op: Annotated[str, typer.Argument(metavar="OP", help=f"One of {', '.join(OPS)}.")],
-    format: Annotated[str, typer.Argument(metavar="FORMAT", help="A format, in any case.")],
+    format: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT", help="A format, in any case; of map and rows one of `kernelgen list`."
+        ),
+    ],
     target: Annotated[
         str, typer.Option("--target", metavar="T", help="The target whose kernel is shown.")
     ] = target_list.PREFERENCE[0],
@@ -212,13 +248,16 @@ def show(
     ] = False,
 ) -> None:
     """Print the source of a kernel, or the stages of the IR behind it."""
-    op, fmt = pick_op(op, OPS), format_list.get(format)
-    manifest = target_list.get(target)
-    chosen = choose_precision(precision, fmt)
-    made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
-    for kind in pick_kinds([epilogue] if epilogue else None):
-        made = generate_walk(made.walk, fmt, manifest, made.config, KINDS[kind])
+    op, manifest = pick_op(op, OPS), target_list.get(target)
     out = console()
+    if op in _OF_ARRAYS:
+        made = _map_kernel(op, format, manifest, _parsed(config))
+    else:
+        fmt = format_list.get(format)
+        chosen = choose_precision(precision, fmt)
+        made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
+        for kind in pick_kinds([epilogue] if epilogue else None):
+            made = generate_walk(made.walk, fmt, manifest, made.config, KINDS[kind])
     if ir:
         for line in stages.lines(made):
             out.print(line, soft_wrap=True)
@@ -229,6 +268,17 @@ def show(
     lexer = Syntax.guess_lexer(f"kernel{manifest.suffix}", made.source)
     painted = Syntax("", lexer, background_color="default").highlight(made.source.rstrip("\n"))
     out.print(painted, soft_wrap=True)
+
+
+def _map_kernel(op: str, name: str, target: Target, values: Mapping[str, Any]) -> Kernel:
+    """A map or a row reduction of the library."""
+    kind = library.get(name)
+    if library.op_of(kind) != op:
+        raise TargetError(f"{op} {name} was asked for; {name} is one of {library.op_of(kind)}")
+    walk = target.walk(op, kind)
+    chosen = walk.default(kind, target.capabilities)
+    merged = walk.config.from_dict(chosen.as_dict() | dict(values))
+    return generate_walk(walk, kind, target, merged)
 
 
 def _parsed(given: Names) -> dict[str, Any]:

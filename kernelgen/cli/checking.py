@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kernelgen import api, verify_attention, verify_epilogue
+from kernelgen import api, verify_attention, verify_epilogue, verify_maps
 from kernelgen import bench as benchmark
 from kernelgen import verify as verifier
 from kernelgen.cli.terminal import (
@@ -38,7 +39,7 @@ from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import EMULATED, Runtime, Target
 from kernelgen.verify import Result
 
-_OPS = (*verifier.OPS, "attention")
+_OPS = (*verifier.OPS, "attention", *verify_maps.OPS)
 
 #: formats of keys and values in wide use
 _CACHE_FORMATS = ("f16", "q8_0", "q4_0")
@@ -66,14 +67,15 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run kernels against the numpy reference; exit with 1 if any is wrong."""
-    formats, ops = pick_formats(format), pick_ops(op or list(verifier.OPS), _OPS)
+    asked = list(_OPS) if op and [one.lower() for one in op] == ["all"] else op
+    formats, ops = pick_formats(format), pick_ops(asked or list(verifier.OPS), _OPS)
     kinds = pick_kinds(epilogue)
     # K and V in all formats, all kinds and head sizes, are too many to be a default
     caches = formats if format else [format_list.get(name) for name in _CACHE_FORMATS]
     runtimes = list(_runtimes(target, EMULATED if emulate else isa))
     out = console(stderr=as_json)
     results: list[Result] = []
-    attends = "attention" in ops
+    attends, mapped = "attention" in ops, [one for one in ops if one in verify_maps.OPS]
     if not as_json:
         out.print("".join(f"{name:<{width}}" for name, width in _COLUMNS.items()), style="bold")
     with progress_bar(out) as progress:
@@ -89,7 +91,10 @@ def verify(
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
                 progress.advance(task)
             attends = attends and not kinds
-            for result in verify_attention.verify(one, caches, runtime=runtime) if attends else ():
+            for result in itertools.chain(
+                verify_attention.verify(one, caches, runtime=runtime) if attends else (),
+                verify_maps.verify(one, mapped, runtime=runtime),
+            ):
                 results.append(result)
                 if not as_json:
                     progress.console.print(_row(result, all_configs), soft_wrap=True)
@@ -133,7 +138,7 @@ def _row(result: Result, with_config: bool) -> Text:
         "" if added is None else f"{added:.2g}", "" if own is None else f"{own:.2g}",
     )  # fmt: skip
     widths = _COLUMNS.values()
-    line = Text("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)))
+    line = Text("".join(f"{cell:<{width - 1}} " for cell, width in zip(cells, widths, strict=True)))
     line.append("ok" if result.ok else "FAILED", style="green" if result.ok else "bold red")
     if with_config and result.config:
         line.append("  " + ", ".join(f"{name}={value}" for name, value in result.config.items()))

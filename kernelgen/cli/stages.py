@@ -28,12 +28,12 @@ _NO_DECODE = ("quantize", "prepare")
 
 def lines(kernel: Kernel) -> Iterator[str]:
     """All stages of the decode that a kernel contains."""
-    fmt = kernel.format
-    if kernel.op in _NO_DECODE:
+    if kernel.op in _NO_DECODE or not isinstance(kernel.subject, BlockFormat):
         raise TargetError(
             f"the stages of {kernel.op} were asked for, which decodes nothing; ask for those of"
             " dequantize, matvec or matmul"
         )
+    fmt = kernel.format
     steps = kernel.walk.steps(fmt, kernel.config)
     packed = hasattr(steps, "scalar_because")
     yield (

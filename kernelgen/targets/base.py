@@ -42,6 +42,8 @@ OPS = (
     "prepare",
     "attention",
     "attention_combine",
+    "map",
+    "rows",
 )
 
 
@@ -399,6 +401,18 @@ class Runtime(Protocol):
         """A function of q, float32 (B, H, T, D), k (B, HK, S, D), v (B, HK, S, DV), the operands of
         the kernel's `Attention` by name, "sinks" among them where it has these, and y, float32
         (B, H, T, DV), which it fills.
+        """
+        ...
+
+    def apply(
+        self, kernel: Kernel
+    ) -> Callable[[Mapping[str, Array], int, int, Mapping[str, Array]], None]:
+        """A function of the arrays that a map or a row reduction reads, by name, as they lie in
+        memory; rows; columns; and the arrays that it fills, by name: C-contiguous, (ROWS, COLUMNS)
+        or (ROWS,), of integers as wide as their elements, or of float32.
+
+        Results may lie where an input does only if each element of that input is read at its own
+        place alone, and the input is contiguous.
         """
         ...
 

@@ -26,6 +26,8 @@ from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Operand
 from kernelgen.ir.steps import codebook
 from kernelgen.targets.attention import arrays, strides
 from kernelgen.targets.base import NONE, NY, Argument, Array, Kernel, Product, Weights, check_rows
+from kernelgen.targets.maps import Apply, dense, written
+from kernelgen.targets.maps import strides as map_strides
 
 Buffer = Any
 
@@ -155,7 +157,9 @@ class Held:
 
 
 _ITEM_TYPES = {"f32": np.float32, "i32": np.int32}
-_ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
+_ITEM_BYTES = {
+    "u8": 1, "i8": 1, "u16": 2, "i16": 2, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4,
+}  # fmt: skip
 
 
 class Launcher:
@@ -455,6 +459,46 @@ class DeviceRuntime:
 
         return run
 
+    def apply(self, kernel: Kernel) -> Apply:
+        """A function of arrays by name, rows, columns, and arrays that it fills."""
+        launcher, driver, kind = self.launcher(kernel), self.driver(), kernel.subject
+        count = len(kind.inputs)
+        ins, outs = kernel.arguments[:count], kernel.arguments[count:]
+        given_names = [one.name for one in kind.inputs]
+        filled = list(zip(outs, written(kind), strict=False))
+
+        def run(inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]) -> None:
+            arrays = {name: dense(inputs[name]) for name in given_names}
+            sizes = {"ROWS": m, "COLUMNS": n, **map_strides(kind, arrays)}
+            buffers = {
+                one.name: driver.upload(_whole(a, _ITEM_BYTES[one.dtype]))
+                for one, a in zip(ins, arrays.values(), strict=True)
+            }
+            results = {}
+            for argument, one in filled:  # each row begins with a whole number of the kernel's
+                line = outputs[one.name][:1].nbytes
+                unit = _ITEM_BYTES[argument.dtype]
+                results[one.name] = np.empty((m, -(-line // unit) * unit), np.uint8)
+                buffers[argument.name] = driver.empty(results[one.name].nbytes)
+            self._check_size([*arrays.values(), *results.values()])
+            launcher(buffers, sizes)
+            for argument, one in filled:
+                found, out = results[one.name], outputs[one.name]
+                driver.download(buffers[argument.name], found)
+                line = out[:1].nbytes
+                out.reshape(m, -1)[...] = found[:, :line].copy().view(out.dtype)
+
+        return run
+
+    def _check_size(self, arrays: Sequence[Array]) -> None:
+        """Raises TargetError where one does not fit a buffer."""
+        nbytes = max(a.nbytes for a in arrays)
+        if nbytes > self.driver().largest:
+            raise TargetError(
+                f"an array of {nbytes} bytes does not fit a buffer of target {self.name}, which"
+                f" holds {self.driver().largest} bytes; use another target"
+            )
+
     def attention(
         self, kernel: Kernel
     ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
@@ -555,6 +599,13 @@ def given_arrays(
         for one in arrays(kind)
     }
     return {name: driver.upload(array) for name, array in found.items()}, strides(kind, found)
+
+
+def _whole(array: Array, unit: int) -> Array:
+    """An array's bytes, filled up to whole units."""
+    raw = array.reshape(-1).view(np.uint8)
+    missing = -raw.nbytes % unit
+    return np.concatenate([raw, np.zeros(missing, np.uint8)]) if missing else raw
 
 
 def rejected(who: str, kernel: Kernel, message: str, line: int | None) -> CompileError:

@@ -45,6 +45,7 @@ class Dialect:
     min, max   of {a} {b}
     shift      what a signed amount of a shift is wrapped in, where the language wants that
     constant.special   of the bits {x} of an f32 that is not finite
+    constant.least   the smallest i32, where it is no constant with a sign
     constant.True, constant.False   where these are not 1 and 0
     not        of {x}, where there is a sign for it
     fetch      by storage name and alignment, of {address}; {buffer} names the bytes, and {suffix}
@@ -153,6 +154,8 @@ class Printer:
             return self._dialect.word("constant.u32").format(x=text)
         if expr.dtype is BOOL:
             return self._dialect.words.get(f"constant.{expr.attr}", str(int(expr.attr)))
+        if expr.attr == -(2**31):  # its opposite is no i32
+            return self._dialect.words.get("constant.least", str(expr.attr))
         return str(expr.attr)
 
     def _operator(self, expr: Expr) -> tuple[str, int]:

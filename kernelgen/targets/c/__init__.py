@@ -10,9 +10,11 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, WordTable, const
 from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
+from kernelgen.targets.c import maps
 from kernelgen.targets.c.attention import WALKS as ATTENTION
 from kernelgen.targets.c.attention import mentions
-from kernelgen.targets.c.dialect import LANES, RESULTS, ROWS, SCALAR
+from kernelgen.targets.c.dialect import COLUMN, COLUMNS, LANES, RESULTS, ROWS, SCALAR
+from kernelgen.targets.maps import GLOBALS as MAP_GLOBALS
 from kernelgen.targets.printer import Printer
 
 _SIZES = tuple(Argument(name, "size", "i64") for name in ("M", "N", "K"))
@@ -131,7 +133,10 @@ def _scalar_f32(value: float) -> str:
 #: of longer tables the source has several lines
 _ONE_LINE = 64
 
-_C_TYPES = {"f32": "float", "u8": "uint8_t", "i8": "int8_t", "i32": "int32_t", "i64": "int64_t"}
+_C_TYPES = {
+    "f32": "float", "u8": "uint8_t", "i8": "int8_t", "u16": "uint16_t", "i16": "int16_t",
+    "f16": "uint16_t", "u32": "uint32_t", "i32": "int32_t", "i64": "int64_t",
+}  # fmt: skip
 
 
 def _parameters(kernel: Kernel) -> str:
@@ -206,20 +211,24 @@ TARGET = Target(
             symbols=_SYMBOLS,
         ),
         *ATTENTION,
+        *maps.WALKS,
     ),
-    dialects={"scalar": SCALAR, "rows": ROWS, "lanes": LANES, "results": RESULTS},
+    dialects={
+        "scalar": SCALAR, "rows": ROWS, "lanes": LANES, "results": RESULTS, "columns": COLUMNS,
+        "column": COLUMN,
+    },
     capabilities=Capabilities(lanes=8, registers=16),
     indexes=(("kernelgen.h.j2", "kernelgen.h"),),
     support_files=(
         "words.h", "words_avx2.h", "words_avx512.h", "words_neon.h", "words_plain.h",
-        "words_flash.h", "words_tiles.h", "words_amx.h",
+        "words_flash.h", "words_tiles.h", "words_amx.h", "words_maps.h",
     ),
     globals={
         "c_types": _C_TYPES, "element_type": _element_type, "mentions": mentions,
         "parameters": _parameters, "parameters_of": _parameters_of, "scalar_f32": _scalar_f32,
-        "table": _table,
+        "table": _table, "table_type": _table_type, **MAP_GLOBALS, **maps.GLOBALS,
     },
-    reserved=_RESERVED,
+    reserved=_RESERVED | maps.RESERVED,
     feature_names={"matrix": "amx_bf16"},
     variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
 )  # fmt: skip

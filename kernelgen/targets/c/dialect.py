@@ -19,6 +19,7 @@ _OPERATORS = {"//": "/"}
 _COMMON = {
     "constant.f32": "{x}f",
     "constant.u32": "{x}u",
+    "constant.least": "(-2147483647 - 1)",
     "constant.special": "bits_to_f32({x})",
     "select": "({condition} ? {a} : {b})",
 }
@@ -34,6 +35,7 @@ SCALAR = Dialect(
         "load.u16": "u16_at({field}, {index})",
         "load.i16": "i16_at({field}, {index})",
         "load.u32": "u32_at({field}, {index})",
+        "load.i32": "(int32_t)u32_at({field}, {index})",
         "load.f16": "f16_at({field}, {index})",
         "load.f32": "f32_at({field}, {index})",
         "cast.i32>f32": "(float)({x})",
@@ -119,6 +121,7 @@ ROWS = Dialect(
         "load.u16": "rows_u16({field}, {index})",
         "load.i16": "rows_i16({field}, {index})",
         "load.u32": "rows_u32({field}, {index})",
+        "load.i32": "rows_i32({field}, {index})",
         "load.f16": "rows_f16({field}, {index})",
         "load.f32": "rows_f32({field}, {index})",
         "word": "rows_u32({field}, {index})",
@@ -239,3 +242,74 @@ class ResultsPrinter(LanesPrinter):
 
 
 RESULTS = Dialect(LANES.words, _OPERATORS, ResultsPrinter)
+
+
+#: begin the names of values that each column has
+OF_COLUMNS = ("each_", "kept_")
+_TWO_SIDES = ("+", "-", "*", "/", "&", "|", "^", "<", "==", *SHIFTS)
+
+
+class ColumnsPrinter(LanesPrinter):
+    """Prints, as a vector, what depends on `lane`, a number from column `c` on, or on values that
+    each column has."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        tables: Callable[[tuple[Any, ...]], str],
+        rename: Callable[[str], str] = str,
+    ) -> None:
+        super().__init__(dialect, tables, rename)
+        self._scalar = Printer(COLUMN, tables, rename)
+
+    def varies(self, expr: Expr) -> bool:
+        """Whether one of these occurs in it."""
+        return any(
+            node is LANE or (node.op == "var" and node.attr[0].startswith(OF_COLUMNS))
+            for node in walk(expr)
+        )
+
+    def _print(self, expr: Expr) -> tuple[str, int]:
+        if expr is LANE:
+            return "LANE_IDS", ATOM
+        if not self.varies(expr) or expr.op == "load":
+            return super()._print(expr)
+        if expr.op in _TWO_SIDES:
+            left, right = (self._side(a) for a in expr.args)
+            return f"({left} {expr.op} {right})", ATOM
+        if expr.op in ("min", "max"):
+            a, b = (self.vector(x) for x in expr.args)
+            which = {"min": "least", "max": "most"}[expr.op]
+            return f"{which}_{expr.dtype.value}({a}, {b})", ATOM
+        return super()._print(expr)
+
+    def _load(self, expr: Expr) -> str:
+        storage, field = expr.attr.storage, self._rename(expr.attr.name)
+        base = _beside_lane(expr.args[0])
+        if base is None:
+            index, vector = self(expr.args[0]), expr.dtype.value
+            if storage.name in ("u8", "i8"):
+                return f"gather({field}, {index})"
+            if storage.name == "i32":
+                return f"(i32v)at_each(u32_at, {field}, {index}, u32v)"
+            return f"at_each({storage.name}_at, {field}, {index}, {vector}v)"
+        at = self(simplify(base))
+        scaled = f" + {storage.nbytes} * (ptrdiff_t)({at})" if base.op != "const" else ""
+        return f"rows_{storage.name}((const uint8_t *){field}{scaled}, 0)"
+
+
+#: one column
+COLUMN = Dialect({**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS)
+
+#: columns of a row, side by side
+COLUMNS = Dialect(
+    {
+        **LANES.words,
+        "cast.f32>u32": "to_u32({x})",
+        "call.exp": "exp_each({x})",
+        "call.sqrt": "sqrt_f32({x})",
+        "call.rsqrt": "(1 / sqrt_f32({x}))",
+    },
+    _OPERATORS,
+    ColumnsPrinter,
+)

@@ -31,6 +31,8 @@ from kernelgen.targets.base import (
     check_rows,
 )
 from kernelgen.targets.c.compiler import find_compiler, library
+from kernelgen.targets.maps import Apply, written
+from kernelgen.targets.maps import strides as strides_of_maps
 
 Operands = Mapping[str, Array]
 
@@ -304,6 +306,18 @@ class CRuntime:
         def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
             arrays, sizes = attention_arguments(kind, q, k, v, operands)
             program.function(*map(_address, (q, k.data, v.data, y, *arrays)), *sizes)
+
+        return run
+
+    def apply(self, kernel: Kernel) -> Apply:
+        """A function of arrays by name, rows, columns, and arrays that it fills."""
+        function, kind = self.program(kernel).function, kernel.subject
+        names = [one.name for one in kind.inputs], [one.name for one in written(kind)]
+
+        def run(inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]) -> None:
+            steps = strides_of_maps(kind, inputs).values()
+            arrays = (*(inputs[name] for name in names[0]), *(outputs[name] for name in names[1]))
+            function(*map(_address, arrays), m, n, *steps)
 
         return run
 

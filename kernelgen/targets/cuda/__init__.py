@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernelgen.config import Capabilities
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Target
 from kernelgen.targets.cuda import attention, walks, wide
 from kernelgen.targets.cuda.dialect import MEMORY, CudaWords, parameters
@@ -51,12 +51,14 @@ TARGET = Target(
         *_TENSOR[7:],
         *simt_attention.walks(),
         *attention.walks(),
+        *simt_maps.walks(),
     ),
     dialects={"memory": MEMORY},
     capabilities=CAPABILITIES,
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
     | attention.GLOBALS
+    | simt_maps.GLOBALS
     | simt.template_globals(CudaWords())
     | {
         "words": "words.cu",
@@ -72,5 +74,11 @@ TARGET = Target(
         "code_shift": walks.code_shift,
     },
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | attention.RESERVED | _KEYWORDS,
+    reserved=(
+        simt.RESERVED
+        | simt_attention.RESERVED
+        | simt_maps.RESERVED
+        | attention.RESERVED
+        | _KEYWORDS
+    ),
 )

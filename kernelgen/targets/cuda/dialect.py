@@ -13,6 +13,7 @@ MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
+        "constant.least": "(-2147483647 - 1)",
         "constant.special": "__uint_as_float({x})",
         "select": "({condition} ? {a} : {b})",
         "blend": "({condition} ? {a} : {b})",

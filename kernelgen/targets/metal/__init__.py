@@ -9,7 +9,7 @@ from kernelgen.config.matrices import HalfMatrixTileConfig, MatrixTileConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Launch, Target, Walk
 from kernelgen.targets.metal import attention
 from kernelgen.targets.metal.dialect import MEMORY, MetalWords
@@ -78,7 +78,13 @@ def _walks() -> tuple[Walk, ...]:
         _matrix("fp16", HalfMatrixTileConfig, shared),
         _matrix("bf16", HalfMatrixTileConfig, shared),
     )
-    return (*matrices, *shared, *simt_attention.walks(), *attention.walks())
+    return (
+        *matrices,
+        *shared,
+        *simt_attention.walks(),
+        *attention.walks(),
+        *simt_maps.walks(),
+    )
 
 
 TARGET = Target(
@@ -91,10 +97,17 @@ TARGET = Target(
     templates=(simt.TEMPLATES,),
     globals=simt_attention.GLOBALS
     | attention.GLOBALS
+    | simt_maps.GLOBALS
     | simt.template_globals(MetalWords())
     | {"words": "words.metal", "run_of": run_of},
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | attention.RESERVED | _KEYWORDS,
+    reserved=(
+        simt.RESERVED
+        | simt_attention.RESERVED
+        | simt_maps.RESERVED
+        | attention.RESERVED
+        | _KEYWORDS
+    ),
     feature_names={
         "bf16": "MTLLanguageVersion3_1",
         "fp16": "",

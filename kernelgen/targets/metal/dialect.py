@@ -13,6 +13,7 @@ MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
+        "constant.least": "(-2147483647 - 1)",
         "constant.special": "as_type<float>({x})",
         "select": "({condition} ? {a} : {b})",
         "blend": "({condition} ? {a} : {b})",

@@ -12,7 +12,9 @@ from kernelgen.ir.expr import Expr, Field
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.targets.attention import TENSORS, arrays, paged
 from kernelgen.targets.base import Argument, Target, Walk
-from kernelgen.targets.numpy.dialect import ARRAYS, statement
+from kernelgen.targets.maps import GLOBALS as MAP_GLOBALS
+from kernelgen.targets.numpy import maps
+from kernelgen.targets.numpy.dialect import ARRAYS, MAPS, statement
 from kernelgen.targets.numpy.steps import ArraySteps, array_steps, attention_steps
 from kernelgen.targets.printer import Printer
 
@@ -173,13 +175,14 @@ TARGET = Target(
             operands=lambda kind: (*paged(kind), *arrays(kind)),
             kind=Attention,
         ),
+        *maps.WALKS,
     ),
-    dialects={"arrays": ARRAYS},
+    dialects={"arrays": ARRAYS, "maps": MAPS},
     capabilities=Capabilities(),
     globals={
         "given_to": _given, "of_elements": _of_elements, "prose": _prose, "read": _read,
-        "statement": statement, "table": _table,
+        "statement": statement, "table": _table, **MAP_GLOBALS, **maps.GLOBALS,
     },
-    reserved=_RESERVED,
+    reserved=_RESERVED | maps.RESERVED,
     prefix="",
 )  # fmt: skip

@@ -114,3 +114,6 @@ ARRAYS = Dialect(
     },
     printer=ArrayPrinter,
 )
+
+#: the same where arrays are flat already
+MAPS = Dialect({**ARRAYS.words, "element": "{name}[{index}]"}, printer=ArrayPrinter)

@@ -15,6 +15,7 @@ from kernelgen.config import Capabilities
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.attention import arrays
 from kernelgen.targets.base import NONE, Array, Kernel, Product, Weights
+from kernelgen.targets.maps import Apply, dense, strides, written
 
 
 class NumpyRuntime:
@@ -90,6 +91,18 @@ class NumpyRuntime:
 
         def run(x: Array, w: Weights, y: Array, operands: Mapping[str, Array] = NONE) -> None:
             y[...] = function(x, w.data, *(operands[name] for name in names))
+
+        return run
+
+    def apply(self, kernel: Kernel) -> Apply:
+        """A function of arrays by name, rows, columns, and arrays that it fills."""
+        function, kind = self.function(kernel), kernel.subject
+
+        def run(inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]) -> None:
+            arrays = {one.name: dense(inputs[one.name]) for one in kind.inputs}
+            found = function(*arrays.values(), m, n, *strides(kind, arrays).values())
+            for one, values in zip(written(kind), found, strict=True):
+                outputs[one.name][...] = values
 
         return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kernelgen.config import Capabilities
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Target
 from kernelgen.targets.opencl.dialect import MEMORY, OpenCLWords
 
@@ -18,13 +18,16 @@ TARGET = Target(
     name="opencl",
     description="OpenCL C 1.2",
     suffix=".cl",
-    walks=simt.walks() + simt_attention.walks(),
+    walks=simt.walks() + simt_attention.walks() + simt_maps.walks(),
     dialects={"memory": MEMORY},
     capabilities=Capabilities(max_threads=256, shared_bytes=32768),
     templates=(simt.TEMPLATES,),
-    globals=simt_attention.GLOBALS | simt.template_globals(OpenCLWords()) | {"words": "words.cl"},
+    globals=simt_attention.GLOBALS
+    | simt_maps.GLOBALS
+    | simt.template_globals(OpenCLWords())
+    | {"words": "words.cl"},
     variants=("emulated",),
-    reserved=simt.RESERVED | simt_attention.RESERVED | _KEYWORDS,
+    reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
     feature_names={
         "fp16": "",
         "subgroups": "cl_khr_subgroups",

@@ -19,10 +19,10 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Target, Walk, codebook_argument
+from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk, codebook_argument
 from kernelgen.targets.printer import statement
-from kernelgen.targets.triton import attention
-from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, UNROLLED
+from kernelgen.targets.triton import attention, maps
+from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, TILES, UNROLLED
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, tensor_steps
 
 #: groups of a block that a loop is unrolled over at most
@@ -77,11 +77,15 @@ def unrolls(config: ProgramDotTileConfig, fmt: BlockFormat) -> bool:
 
 # ---- text -------------------------------------------------------------------------------------
 
-_DTYPES = {"u8": "uint8", "i8": "int8", "i32": "int32", "f32": "float32"}
+_DTYPES = {
+    "u8": "uint8", "i8": "int8", "i16": "int16", "f16": "float16", "i32": "int32", "f32": "float32",
+}  # fmt: skip
 
 
-def _meaning(one: Argument, fmt: BlockFormat) -> str:
+def _meaning(one: Argument, fmt: Subject) -> str:
     """What an argument's shape or content means, behind its declaration."""
+    if not isinstance(fmt, BlockFormat):
+        return ""
     if one.name == "w":
         return f", ROW_BYTES = K / {fmt.block} * {fmt.nbytes}" if fmt.block > 1 else ""
     if one.role == "table":
@@ -258,8 +262,9 @@ TARGET = Target(
         _product("matmul", "fp32", "matmul_float.py.j2", ProgramTileConfig),
         _product("matmul", "fp16", "matmul_float.py.j2", ProgramHalfTileConfig),
         *attention.WALKS,
+        *maps.WALKS,
     ),
-    dialects={"tensors": TENSORS, "numbers": UNROLLED, "positions": POSITIONS},
+    dialects={"tensors": TENSORS, "numbers": UNROLLED, "positions": POSITIONS, "tiles": TILES},
     capabilities=Capabilities(shared_bytes=65536),
     globals={
         "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "dense": _dense,
@@ -267,7 +272,7 @@ TARGET = Target(
         "head": _head, "parameters": _parameters,
         "items_of": items_of, "meaning": _meaning, "padded": padded, "prose": _prose,
         "statement": statement, "sum_of": _sum_of, "unbiased": _unbiased, "unrolls": unrolls,
-        "whole_offset": _whole_offset, **attention.GLOBALS,
+        "whole_offset": _whole_offset, **attention.GLOBALS, **maps.GLOBALS,
     },
-    reserved=attention.RESERVED,
+    reserved=attention.RESERVED | maps.RESERVED,
 )  # fmt: skip

@@ -221,3 +221,22 @@ UNROLLED = Dialect(_WORDS, printer=UnrolledPrinter)
 
 #: where positions are tensors or numbers
 POSITIONS = Dialect(_WORDS, printer=PositionPrinter)
+
+
+_INTEGER = "tl.load({field} + ({index})).to(tl.int32)"
+
+#: where rows and columns are tensors, and arrays are read element by element
+TILES = Dialect(
+    {
+        **_WORDS,
+        "load.f32": "tl.load({field} + ({index}))",
+        "load.f16": "tl.load({field} + ({index})).to(tl.float32)",
+        "load.i32": "tl.load({field} + ({index}))",
+        "load.u32": "tl.load({field} + ({index})).to(tl.uint32, bitcast=True)",
+        "load.u16": f"({_INTEGER} & 0xFFFF)",
+        "load.i16": _INTEGER,
+        "load.u8": _INTEGER,
+        "load.i8": _INTEGER,
+    },
+    printer=PositionPrinter,
+)

@@ -117,7 +117,8 @@ class TorchDriver:
         self._torch = torch
         self._device = device
         self._dtypes = {
-            "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "f32": torch.float32
+            "u8": torch.uint8, "i8": torch.int8, "i32": torch.int32, "f32": torch.float32,
+            "i16": torch.int16, "f16": torch.float16,
         }  # fmt: skip
 
     def key(self) -> Hashable:
@@ -330,7 +331,9 @@ GPUS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 #: threads of a warp
 _WARPS = {"cuda": 32, "hip": 64}
 
-_POINTERS = {"u8": "*u8", "i8": "*i8", "i32": "*i32", "f32": "*fp32"}
+_POINTERS = {
+    "u8": "*u8", "i8": "*i8", "i16": "*i16", "f16": "*fp16", "i32": "*i32", "f32": "*fp32"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kernelgen.config import Capabilities
-from kernelgen.targets import simt, simt_attention
+from kernelgen.targets import simt, simt_attention, simt_maps
 from kernelgen.targets.base import Target, Walk, attends_without_codebook, codebook_argument
 from kernelgen.targets.wgsl.dialect import MEMORY, WgslWords
 
@@ -33,12 +33,18 @@ TARGET = Target(
     name="wgsl",
     description="WGSL for WebGPU",
     suffix=".wgsl",
-    walks=tuple(map(_with_codebook, simt.walks() + simt_attention.walks())),
+    walks=(
+        *map(_with_codebook, simt.walks() + simt_attention.walks()),
+        *simt_maps.walks(),
+    ),
     dialects={"memory": MEMORY},
     capabilities=Capabilities(max_threads=256, shared_bytes=16384),
     templates=(simt.TEMPLATES,),
-    globals=simt_attention.GLOBALS | simt.template_globals(WgslWords()) | {"words": "words.wgsl"},
-    reserved=simt.RESERVED | simt_attention.RESERVED | _KEYWORDS,
+    globals=simt_attention.GLOBALS
+    | simt_maps.GLOBALS
+    | simt.template_globals(WgslWords())
+    | {"words": "words.wgsl"},
+    reserved=simt.RESERVED | simt_attention.RESERVED | simt_maps.RESERVED | _KEYWORDS,
     feature_names={
         "fp16": "shader-f16",
         "dot": "packed_4x8_integer_dot_product",

@@ -15,6 +15,7 @@ MEMORY = Dialect(
     {
         "constant.f32": "{x}f",
         "constant.u32": "{x}u",
+        "constant.least": "(-2147483647 - 1)",
         "constant.special": "bits_f32({x})",
         "shift": "u32({x})",
         "select": "select({b}, {a}, {condition})",
