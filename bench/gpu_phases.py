@@ -28,7 +28,8 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import named_layout
 from kernelgen.problem import op_for
 from kernelgen.targets.base import Kernel, Target
-from kernelgen.targets.device import DeviceRuntime, Launcher
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Launcher
 from kernelgen.verify import OPS, random_blocks, verify
 
 Row = dict[str, Any]

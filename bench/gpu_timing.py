@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from kernelgen.targets.base import Kernel
-from kernelgen.targets.device import DeviceRuntime, Launcher
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Launcher
 
 Call = Callable[[], None]
 

@@ -20,7 +20,8 @@ from kernelgen.errors import ConfigError, FallbackError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.problem import acceptable
 from kernelgen.targets.base import Runtime, Subject, Target
-from kernelgen.targets.device import DeviceRuntime, Resident
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Resident
 from kernelgen.tuner.lookup import Choice
 
 log = logging.getLogger("kernelgen")

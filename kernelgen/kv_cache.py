@@ -12,7 +12,7 @@ from kernelgen.api_attention import attention
 from kernelgen.errors import ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
-from kernelgen.targets.device import Held
+from kernelgen.targets.driver import Held
 from kernelgen.tensor import QuantTensor, quantize
 
 Array = npt.NDArray[Any]

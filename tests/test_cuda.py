@@ -22,7 +22,8 @@ from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import memory_steps
 from kernelgen.targets.base import EMULATED, Kernel
 from kernelgen.targets.cuda.wide import wide_codes
-from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer
 from kernelgen.targets.emulated import EmulatorDriver
 from kernelgen.verify import OPS, cases, verify
 from tests import cuda_binaries, device_checks

@@ -17,7 +17,7 @@ from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.kv_cache import KVCache
 from kernelgen.problem import relative_error
-from kernelgen.targets.device import Held
+from kernelgen.targets.driver import Held
 
 Array = npt.NDArray[Any]
 

@@ -30,7 +30,7 @@ LEVELS = (
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
     ("targets.printer",),
     ("targets.base",),
-    ("targets.attention", "targets.maps"),
+    ("targets.attention", "targets.driver", "targets.maps"),
     # what several targets share
     (
         "targets.simt",
@@ -69,8 +69,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "printer", "maps", "simt", "simt_attention", "simt_maps", "device",
-    "emulated", "resident",
+    "attention", "base", "printer", "maps", "simt", "simt_attention", "simt_maps", "driver",
+    "device", "emulated", "resident",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 

@@ -48,7 +48,7 @@ class Cell:
 
     how         "run", "emulated", "compiled": what its results are worth here; or "none"
     precisions  that it offers; empty where the op has no such choice
-    decode      "packed", "scalar" or "floats"
+    decode      "packed", "scalar" or "floats"; empty where there is no format
     notes       what is slower than it should be, such as decode lane by lane
     reason      why there is none
     """
@@ -163,7 +163,7 @@ def _map_cells(target: Target, op: str, how: str, unavailable: str | None) -> li
     able = [walk for walk in target.walks if walk.op == op]
     none = unavailable or (None if able else "it has no walk for this op")
     return [
-        Cell(target.name, op, name, how if none is None else "none", (), (), none)
+        Cell(target.name, op, name, how if none is None else "none", (), "", (), none)
         for name in library.NAMES
         if library.op_of(library.get(name)) == op
     ]

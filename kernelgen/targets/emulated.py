@@ -14,11 +14,12 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer
 
 
 class EmulatorDriver:
-    """Memory of this process as a device's (see kernelgen.targets.device.Driver)."""
+    """Memory of this process as a device's (see kernelgen.targets.driver.Driver)."""
 
     largest = 2**32 - 4
 

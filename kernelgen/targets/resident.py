@@ -1,5 +1,5 @@
 """Ops on arrays that another library has on the device: nothing is copied, nobody waits, and all
-is launched in that library's order of things (`kernelgen.targets.device.Resident`)."""
+is launched in that library's order of things (`kernelgen.targets.driver.Resident`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from kernelgen.arrays import empty_like
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.targets.base import Array, Kernel, Weights
-from kernelgen.targets.device import Buffer, DeviceRuntime, Resident, given_arrays
+from kernelgen.targets.device import DeviceRuntime, given_arrays
+from kernelgen.targets.driver import Buffer, Resident
 
 
 def _driver(runtime: DeviceRuntime) -> Any:

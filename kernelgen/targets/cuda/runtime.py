@@ -19,7 +19,8 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.cuda import CAPABILITIES
-from kernelgen.targets.device import Buffer, DeviceRuntime, rejected, visible
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer, rejected, visible
 from kernelgen.targets.emulated import EmulatedRuntime
 
 #: features of `Capabilities`, and the compute capability (times ten) that brought them
@@ -35,7 +36,7 @@ _WITHOUT_ASKING = 49152
 
 
 class CupyDriver:
-    """The current CUDA device (see kernelgen.targets.device.Driver)."""
+    """The current CUDA device (see kernelgen.targets.driver.Driver)."""
 
     def __init__(self) -> None:
         import cupy

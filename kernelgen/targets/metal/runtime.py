@@ -21,7 +21,8 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime, Driver, rejected
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer, Driver, rejected
 from kernelgen.targets.emulated import EmulatedRuntime
 from kernelgen.targets.metal import CAPABILITIES
 
@@ -30,7 +31,7 @@ _LARGEST = 2**32 - 4
 
 
 class TorchDriver:
-    """Torch's MPS device (see kernelgen.targets.device.Driver)."""
+    """Torch's MPS device (see kernelgen.targets.driver.Driver)."""
 
     name = "torch"
     largest = _LARGEST
@@ -127,7 +128,7 @@ class TorchDriver:
 
 
 class MetalDriver:
-    """Metal's own interface, through pyobjc (see kernelgen.targets.device.Driver)."""
+    """Metal's own interface, through pyobjc (see kernelgen.targets.driver.Driver)."""
 
     name = "pyobjc"
 

@@ -13,7 +13,8 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import EMULATED, Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer, rejected
 from kernelgen.targets.emulated import EmulatedRuntime
 
 
@@ -33,7 +34,7 @@ class _Program:
 
 
 class OpenCLDriver:
-    """One OpenCL device (see kernelgen.targets.device.Driver)."""
+    """One OpenCL device (see kernelgen.targets.driver.Driver)."""
 
     def __init__(self, device: Any) -> None:
         import pyopencl as cl

@@ -25,7 +25,8 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer, rejected
 
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
@@ -106,7 +107,7 @@ class Program:
 
 class TorchDriver:
     """Memory and launches of torch's current GPU, or of the interpreter (see
-    kernelgen.targets.device.Driver)."""
+    kernelgen.targets.driver.Driver)."""
 
     #: addresses have 64 bits
     largest = 1 << 62

@@ -14,7 +14,8 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
-from kernelgen.targets.device import Buffer, DeviceRuntime, rejected
+from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.driver import Buffer, rejected
 
 #: features that kernels use where an adapter has them
 WANTED_FEATURES = ("shader-f16", "subgroup")
@@ -31,7 +32,7 @@ WANTED_LIMITS = (
 
 
 class WgpuDriver:
-    """One WebGPU device (see kernelgen.targets.device.Driver)."""
+    """One WebGPU device (see kernelgen.targets.driver.Driver)."""
 
     def __init__(self, adapter: Any) -> None:
         import wgpu
