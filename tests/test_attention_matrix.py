@@ -368,7 +368,7 @@ def test_reasons() -> None:
     ]  # fmt: skip
     reasons = (
         "8 keys in each warp", "4 warps share the keys; a block has 2", "128 threads in a group",
-        "bytes of shared memory; a launch may ask for", "192 sums and scores in each thread",
+        "bytes of shared memory; a launch may ask for", "224 registers of each thread",
         "heads of 512 elements", "do not fit the registers", "256 threads in a group",
     )  # fmt: skip
     for reason, one in zip(reasons, said, strict=True):
@@ -406,8 +406,9 @@ def check_compiled(kinds: list[Attention], arch: str, folder: Path, precisions: 
         kinds, precisions, (("mma", 0), ("mma", 1), ("wgmma", 0))
     ):
         walk = walk_of(style, precision, kind)
-        one = generate_walk(walk, kind, target, walk.default(kind, target.capabilities, m))
-        if serves(one, arch):
+        config = walk.default(kind, target.capabilities, m)
+        one = generate_walk(walk, kind, target, config)
+        if serves(one, arch) and not walk.fits(config, kind, target.capabilities):
             entry = f"{one.entry}_{m}"
             source = one.source.replace(f"{one.entry}(", f"{entry}(")
             wanted[entry] = dataclasses.replace(one, source=source, entry=entry)

@@ -11,8 +11,9 @@ from typing import Any
 from kernelgen.config import Capabilities, Config
 from kernelgen.config.attention import FragmentAttentionConfig, WarpgroupAttentionConfig
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.expr import walk
+from kernelgen.ir.expr import depends_on, walk
 from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.ops.attention import K as KEY
 from kernelgen.targets.attention import TENSORS, dims, is_half
 from kernelgen.targets.base import Argument, Launch, Walk
 from kernelgen.targets.simt import sizes
@@ -21,11 +22,14 @@ from kernelgen.targets.simt_attention import PARTS, AttentionSteps, operands, pa
 #: elements of a head that registers hold sums of, and tiles in shared memory
 _MOST_ELEMENTS = 256
 
-#: registers of a thread for sums and scores, and for these and queries
-_SUM_REGISTERS, _KEPT_REGISTERS = 160, 160
+#: registers of a thread for sums, scores and what comes with these, and queries if there is room
+_MOST_KEPT = 192
 
-#: score and mask of more operations than this take a register for each score, too
-_FEW_OPERATIONS = 24
+#: registers that a score takes, with what it is computed in: the second of the first of these whose
+#: number of operations is not exceeded by those of score and mask
+_OF_A_SCORE = ((12, 1.5), (24, 2.5), (1 << 30, 4.0))
+#: a function, or a load for each key, counts as so many operations
+_HARD = 8
 
 #: elements to a multiple of which rows of a tile are filled up: the depth of a product
 _DEPTH = 16
@@ -36,8 +40,8 @@ _PIECE, _ALIGNED = 128, 1024
 #: shared memory that a launch may ask for where four warps multiply together
 _WARPGROUP_BYTES = 232448
 
-#: registers of a multiprocessor; of a thread at most; besides those for sums, scores and weights
-_ALL_REGISTERS, _MOST_REGISTERS, _OTHER_REGISTERS = 65536, 255, 56
+#: registers of a multiprocessor, and of a thread at most
+_ALL_REGISTERS, _MOST_REGISTERS = 65536, 255
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def attention_shape(
     k, v, used = _sides(config, kind, precision, False)
     matrices = config.warp_rows // 16
     sums, scores = matrices * v.width // 2, matrices * config.warp_keys // 2
-    stay = sums + scores + matrices * k.width // 4 <= _KEPT_REGISTERS
+    stay = sums + _of_scores(kind, scores) + matrices * k.width // 4 <= _MOST_KEPT
     queries = config.rows * k.pitch
     # queries that stay in registers leave their memory to keys
     queries_at = 0 if stay else used
@@ -199,16 +203,20 @@ def _fits(precision: str, config: Config, kind: Attention, caps: Capabilities) -
         return (
             f"{found.shared_bytes} bytes of shared memory; a launch may ask for {caps.launch_bytes}"
         )
-    needed = found.sums + found.scores * (2 if _is_long(kind) else 1)
-    if needed > _SUM_REGISTERS:
-        return f"{needed} sums and scores in each thread; {_SUM_REGISTERS} fit the registers"
+    needed = found.sums + _of_scores(kind, found.scores)
+    if needed > _MOST_KEPT:
+        return f"{needed} registers of each thread for sums and scores; {_MOST_KEPT} are allowed"
     return None
 
 
-def _is_long(kind: Attention) -> bool:
-    """Whether score and mask take many registers."""
-    operations = sum(len(list(walk(e))) for e in (kind.score, kind.mask) if e is not None)
-    return operations > _FEW_OPERATIONS
+def _of_scores(kind: Attention, count: int) -> int:
+    """Registers for so many scores."""
+    operations = 0
+    for expr in (kind.score, kind.mask):
+        for node in walk(expr) if expr is not None else ():
+            hard = node.op == "call" or (node.op == "element" and depends_on(node, KEY))
+            operations += _HARD if hard else 1
+    return int(count * next(each for most, each in _OF_A_SCORE if operations <= most))
 
 
 def _fits_warpgroups(
@@ -220,10 +228,12 @@ def _fits_warpgroups(
         return (
             f"{found.shared_bytes} bytes of shared memory; a launch may ask for {_WARPGROUP_BYTES}"
         )
-    most = min(_MOST_REGISTERS, _ALL_REGISTERS // config.threads) - _OTHER_REGISTERS
-    needed = found.sums + found.scores * (5 if _is_long(kind) else 3) // 2
+    # what else there is takes more where there is more of these
+    most = min(_MOST_REGISTERS, _ALL_REGISTERS // config.threads) * 25 // 32
+    # two weights share a register
+    needed = found.sums + _of_scores(kind, found.scores) + found.scores // 2
     if needed > most:
-        return f"{needed} sums, scores and weights in each thread; {most} fit the registers"
+        return f"{needed} registers of each thread for sums, scores and weights; {most} are allowed"
     return None
 
 
