@@ -25,16 +25,13 @@ from kernelgen.targets.base import Kernel, Runtime, Target, Walk
 from kernelgen.targets.triton.runtime import compile_all
 from kernelgen.tensor import Interleaved, QuantTensor
 from kernelgen.verify import random_blocks
-from kernelgen.verify_epilogue import KINDS, SHAPES, SLACK, check
+from kernelgen.verify_epilogue import KINDS, SAMPLE, SHAPES, SLACK, check
 from tests.cuda_binaries import compiled, serves, why_no_compiler
 from tests.made_up import THREE_BITS
 
 Array = npt.NDArray[Any]
 
 Q4, Q4K, F16 = (formats.get(name) for name in ("q4_0", "q4_K", "f16"))
-
-#: the kinds that between them read every kind of operand, and do all that there is
-TELLING = ("own", "gated_own", "rms_swiglu")
 
 
 # ---- what they mean -----------------------------------------------------------------------------
@@ -182,7 +179,7 @@ def test_products_end_as_they_are_told(name: str) -> None:
         if quick is None:
             _hold(target, one, Q4, KINDS)
         elif (one.op, one.precision, one.style) in quick:
-            _hold(target, one, Q4, TELLING)
+            _hold(target, one, Q4, SAMPLE)
 
 
 @pytest.mark.slow
@@ -308,8 +305,8 @@ def test_epilogues_in_every_instruction_set(isa: str) -> None:
     reason = runtime.available()
     if reason is not None:
         pytest.skip(reason)
-    results = list(verify_epilogue.verify(target, [Q4K], kinds=TELLING, runtime=runtime))
-    assert len(results) == 4 * len(TELLING)
+    results = list(verify_epilogue.verify(target, [Q4K], kinds=SAMPLE, runtime=runtime))
+    assert len(results) == 4 * len(SAMPLE)
     assert [(r.op, r.precision, r.problem) for r in results if not r.ok] == []
 
 
@@ -318,7 +315,7 @@ def _of_target(name: str) -> list[Kernel]:
     target = targets.get(name)
     found: dict[str, Kernel] = {}
     for one in (w for w in target.walks if w.op in SHAPES and w.accepts(Q4K) is None):
-        for kind in (*TELLING, "gelu_tanh"):
+        for kind in (*SAMPLE, "gelu_tanh"):
             kernel = generate_walk(one, Q4K, target, None, KINDS[kind])
             found |= {each.entry: each for each in (kernel, *kernel.needs.values())}
     return list(found.values())
