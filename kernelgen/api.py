@@ -181,7 +181,7 @@ def matmul(
     activation "silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "sigmoid", "tanh",
                or a function of an expression
     epilogue   a function of y and of `operands`, a sequence of arrays that broadcast to y, written
-               with Python's operators and `kernelgen.ir` (where, maximum...)
+               with Python's operators and `kernelgen.ir` (where, maximum, call...)
     residual   (..., N): y + residual; out may be this very array
 
     Returns (..., N) of x's dtype.  The first call for a format compiles, and repacks w once.
