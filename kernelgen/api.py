@@ -20,6 +20,7 @@ from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops.epilogue import PLAIN, Fusion
 from kernelgen.problem import MATVEC_ROWS
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
@@ -72,17 +73,19 @@ def kernel(
     target: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
     precision: str = "",
+    fused: Fusion = PLAIN,
 ) -> Kernel:
     """The generated kernel of an op ("dequantize", "quantize", "matvec", "matmul", "prepare").
 
-    `config` is the walk's default when left out; a mapping gives fields by name.
+    `config` is the walk's default when left out; a mapping gives fields by name.  `fused` is what a
+    product does besides (kernelgen.ir.ops.epilogue).
     """
     fmt = format_list.get(format) if isinstance(format, str) else format
     manifest = target_list.get(target or default_target())
     walk = manifest.walk(op, fmt, precision)
     if isinstance(config, Mapping):
         config = walk.config.from_dict(config)
-    return generate(op, fmt, manifest, config, walk.precision)
+    return generate(op, fmt, manifest, config, walk.precision, fused)
 
 
 def source(
@@ -91,9 +94,10 @@ def source(
     target: str | None = None,
     config: Config | Mapping[str, Any] | None = None,
     precision: str = "",
+    fused: Fusion = PLAIN,
 ) -> str:
     """The source text of a kernel (see `kernel`)."""
-    return kernel(op, format, target, config, precision).source
+    return kernel(op, format, target, config, precision, fused).source
 
 
 def default_target(on_fallback: str | None = None) -> str:
@@ -235,7 +239,7 @@ def matmul(
     activation "silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "sigmoid", "tanh",
                or a function of an expression
     epilogue   a function of y and of `operands`, a sequence of arrays that broadcast to y, written
-               with Python's operators and `kernelgen.ir` (where, maximum...)
+               with Python's operators and `kernelgen.ir` (where, maximum, call...)
     residual   (..., N): y + residual; out may be this very array
 
     Returns (..., N) of x's dtype, library and device.  The first call for a format compiles, and

@@ -282,19 +282,17 @@ class Interleaved:
     @property
     def data(self) -> npt.NDArray[np.uint8]:
         """The bytes, uint8 (rows of both, row_bytes)."""
-        if self._data is None:
-            n, row_bytes = self._first.data.shape
-            data = np.zeros(
-                (self._shape[0] // (2 * self._apart), 2, self._apart, row_bytes), np.uint8
-            )
-            whole = n // self._apart
+        found = self._data  # which another thread may forget meanwhile
+        if found is None:
+            apart, (n, row_bytes) = self._apart, self._first.data.shape
+            whole = n // apart
+            parts = np.zeros((self._shape[0] // (2 * apart), 2, apart, row_bytes), np.uint8)
             for which, one in enumerate((self._first, self._second)):
-                cut = one.data[: whole * self._apart]
-                data[:whole, which] = cut.reshape(whole, self._apart, row_bytes)
-                data[whole:, which, : n - whole * self._apart] = one.data[whole * self._apart :]
-            self._data = data.reshape(-1, row_bytes)
-            self._data.flags.writeable = False
-        return self._data
+                parts[:whole, which] = one.data[: whole * apart].reshape(whole, apart, row_bytes)
+                parts[whole:, which, : n - whole * apart] = one.data[whole * apart :]
+            found = self._data = parts.reshape(-1, row_bytes)
+            found.flags.writeable = False
+        return found
 
     @property
     def prepared(self) -> dict[Hashable, Any]:

@@ -76,6 +76,10 @@ KINDS: Mapping[str, Fusion] = {
 }  # fmt: skip
 
 
+#: kinds that between them read every kind of operand, and do all that there is
+SAMPLE = ("own", "gated_own", "rms_swiglu")
+
+
 def verify(
     target: Target,
     formats: Iterable[BlockFormat],

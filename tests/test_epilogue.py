@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,17 @@ from kernelgen.ir.expr import Expr, call, number, walk
 from kernelgen.ir.ops import epilogue as ops
 from kernelgen.ir.ops.epilogue import Epilogue, Fusion, Operand, RmsNorm
 from kernelgen.problem import tolerance
-from kernelgen.targets.base import Runtime, Target, Walk
+from kernelgen.targets.base import Kernel, Runtime, Target, Walk
+from kernelgen.targets.triton.runtime import compile_all
 from kernelgen.tensor import Interleaved, QuantTensor
 from kernelgen.verify import random_blocks
-from kernelgen.verify_epilogue import KINDS, SHAPES, SLACK, check
+from kernelgen.verify_epilogue import KINDS, SAMPLE, SHAPES, SLACK, check
+from tests.cuda_binaries import compiled, serves, why_no_compiler
 from tests.made_up import THREE_BITS
 
 Array = npt.NDArray[Any]
 
 Q4, Q4K, F16 = (formats.get(name) for name in ("q4_0", "q4_K", "f16"))
-
-#: the kinds that between them read every kind of operand, and do all that there is
-TELLING = ("own", "gated_own", "rms_swiglu")
 
 
 # ---- what they mean -----------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_products_end_as_they_are_told(name: str) -> None:
         if quick is None:
             _hold(target, one, Q4, KINDS)
         elif (one.op, one.precision, one.style) in quick:
-            _hold(target, one, Q4, TELLING)
+            _hold(target, one, Q4, SAMPLE)
 
 
 @pytest.mark.slow
@@ -292,3 +292,50 @@ def test_a_function_may_call_any_of_the_languages_functions() -> None:
         kernel = generate("matvec", Q4, target, precision="fp32", fused=fused)
         error = check(kernel, fused, target, _runtime(target), (3, 37, 96))
         assert error <= SLACK * tolerance("matvec", "fp32")
+
+
+# ---- other instruction sets, and compilers for chips that are not here --------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", targets.get("c").variants)
+def test_epilogues_in_every_instruction_set(isa: str) -> None:
+    target = targets.get("c")
+    runtime = target.runtime(isa)
+    reason = runtime.available()
+    if reason is not None:
+        pytest.skip(reason)
+    results = list(verify_epilogue.verify(target, [Q4K], kinds=SAMPLE, runtime=runtime))
+    assert len(results) == 4 * len(SAMPLE)
+    assert [(r.op, r.precision, r.problem) for r in results if not r.ok] == []
+
+
+def _of_target(name: str) -> list[Kernel]:
+    """Kernels of every product with telling epilogues, and those that normalize in front."""
+    target = targets.get(name)
+    found: dict[str, Kernel] = {}
+    for one in (w for w in target.walks if w.op in SHAPES and w.accepts(Q4K) is None):
+        for kind in (*SAMPLE, "gelu_tanh"):
+            kernel = generate_walk(one, Q4K, target, None, KINDS[kind])
+            found |= {each.entry: each for each in (kernel, *kernel.needs.values())}
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_epilogues_spill_no_registers(arch: str, tmp_path: Path) -> None:
+    made = [kernel for kernel in _of_target("cuda") if serves(kernel, arch)]
+    for entry, binary in compiled(made, arch, tmp_path).items():
+        assert (binary.stack, binary.spilled) == (0, 0), entry
+
+
+@pytest.mark.slow
+def test_epilogues_compile_for_gpus() -> None:
+    pytest.importorskip("triton")
+    made = _of_target("triton")
+    for gpu in ("cuda:90", "hip:gfx942"):
+        answers = compile_all([(kernel, gpu) for kernel in made])
+        assert [
+            (k.entry, a) for k, a in zip(made, answers, strict=True) if isinstance(a, str)
+        ] == []

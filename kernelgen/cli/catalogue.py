@@ -130,7 +130,7 @@ def _print_cells(
         ]
     for line in dict.fromkeys(said):
         out.print(f"  {line}", soft_wrap=True)
-    if {"matvec", "matmul"} & set(ops):
+    if not unavailable and {"matvec", "matmul"} & set(ops):
         out.print(f"  fused with matvec and matmul: {_fused_words(target)}", soft_wrap=True)
     out.print()
 
@@ -146,7 +146,7 @@ def _fused_words(target: Target) -> str:
         if {(op, walk.precision, walk.style), (op, walk.precision, "")} & before
     }
     norm = f"RMSNorm ({', '.join(sorted(inside))})" if inside else "no RMSNorm"
-    return f"epilogues, gated pairs, {norm}; kernelgen verify --epilogue all runs them"
+    return f"epilogues, gated pairs, {norm}; `verify --epilogue` names them"
 
 
 def decoded(fmt: BlockFormat) -> str:

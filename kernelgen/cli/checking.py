@@ -44,9 +44,12 @@ _OPS = (*verifier.OPS, "attention", *verify_maps.OPS)
 #: formats of keys and values in wide use
 _CACHE_FORMATS = ("f16", "q8_0", "q4_0")
 
+#: whose products are verified with some epilogues, where no format is asked for
+_SAMPLE_FORMAT = "q4_K"
+
 #: widths of the columns of `verify`, whose rows are printed as they come
 _COLUMNS = {
-    "target": 8, "how": 10, "format": 10, "op": 11, "precision": 11, "error": 10, "allowed": 10,
+    "target": 8, "how": 10, "format": 10, "op": 20, "precision": 11, "error": 10, "allowed": 10,
     "int8 adds": 11, "format has": 12,
 }  # fmt: skip
 
@@ -90,6 +93,14 @@ def verify(
                     if not as_json:
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
                 progress.advance(task)
+            if not (kinds or format):
+                sample = [format_list.get(_SAMPLE_FORMAT)]
+                for result in verify_epilogue.verify(
+                    one, sample, ops, verify_epilogue.SAMPLE, runtime=runtime
+                ):
+                    results.append(result)
+                    if not as_json:
+                        progress.console.print(_row(result, all_configs), soft_wrap=True)
             attends = attends and not kinds
             for result in itertools.chain(
                 verify_attention.verify(one, caches, runtime=runtime) if attends else (),

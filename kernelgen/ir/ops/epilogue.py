@@ -226,7 +226,7 @@ def trace(function: Callable[..., Any], *values: Expr) -> Expr:
         raise ExprError(
             f"the function {getattr(function, '__name__', function)} does not take"
             f" {len(values)} expressions ({error}); write it with Python's operators and"
-            " kernelgen.ir (where, exp, tanh...)"
+            " kernelgen.ir (where, maximum, call...)"
         ) from error
     if not isinstance(found, Expr):
         found = const(found, F32)
