@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kernelgen import api
 from kernelgen import arrays as arrays_of
 from kernelgen import targets as target_list
-from kernelgen.dispatch import any_array, once, runtime_of
+from kernelgen.dispatch import any_array, once, runtime_of, takes
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
@@ -37,7 +37,11 @@ class Captured:
     """An array that a score or mask function reads: indexed by expressions, as captured[h] or
     captured[b, k]; float32, or integers below 2**31."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: Any) -> None:
+        if arrays_of.is_foreign(array):  # it lies where the kernel will read it
+            self.array = arrays_of.as_operand(array)
+            self.dtype = "f32" if arrays_of.is_float(array) else "i32"
+            return
         array = np.asarray(array)
         if array.dtype.kind not in "iubf" or not array.ndim:
             raise ShapeError(
@@ -46,6 +50,7 @@ class Captured:
             )
         dtype = np.float32 if array.dtype.kind == "f" else np.int32
         self.array = np.ascontiguousarray(array, dtype)
+        self.dtype = "f32" if array.dtype.kind == "f" else "i32"
 
     def __getitem__(self, index: Any) -> Expr:
         found: dict[int, tuple[Operand, Captured]] | None = getattr(_tracing, "found", None)
@@ -55,15 +60,14 @@ class Captured:
                 " array itself"
             )
         if id(self) not in found:
-            dtype = "f32" if self.array.dtype == np.float32 else "i32"
             name = f"operand{len(found)}"
-            found[id(self)] = ops.operand(name, dtype, self.array.ndim), self
+            found[id(self)] = ops.operand(name, self.dtype, self.array.ndim), self
         return found[id(self)][0][index]
 
 
-def captured(array: Array) -> Captured:
-    """An array that a score or mask function may index by expressions."""
-    return Captured(array)
+def captured(array: Any) -> Captured:
+    """An array that a score or mask function may index by expressions; read on the host."""
+    return Captured(_plain(array))
 
 
 def _trace(
@@ -85,10 +89,10 @@ def _both(first: Mask | None, second: Mask | None) -> Mask | None:
     return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
 
 
-def _of_array(array: Array, shape: tuple[int, int, int, int]) -> tuple[Score | None, Mask | None]:
+def _of_array(array: Any, shape: tuple[int, int, int, int]) -> tuple[Score | None, Mask | None]:
     """What an array (B, H, T, S), or one that broadcasts to it, adds to scores or admits."""
     try:
-        full = np.broadcast_shapes(array.shape, shape)
+        full = np.broadcast_shapes(tuple(array.shape), shape)
     except ValueError:
         full = ()
     if full != shape:
@@ -102,14 +106,14 @@ def _of_array(array: Array, shape: tuple[int, int, int, int]) -> tuple[Score | N
             f"{t} queries were given with a mask array for {s} keys; an array needs no more queries"
             " than keys, as the last query stands at the last key"
         )
-    whole = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    whole = array.reshape((1,) * (4 - array.ndim) + tuple(array.shape))
     there = Captured(whole)
 
     def at(b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
         places = (b, h, q - (s - t), k)
         return there[tuple(p if n > 1 else 0 for p, n in zip(places, whole.shape, strict=True))]
 
-    if array.dtype.kind == "f":
+    if there.dtype == "f32":
         return (lambda x, b, h, q, k: x + at(b, h, q, k)), None
     return None, lambda b, h, q, k: const(0, I32) < at(b, h, q, k)
 
@@ -150,10 +154,21 @@ def _on_host(x: Any) -> Any:
     return QuantTensor("bf16", bits.shape, bits.reshape(-1).view(np.uint8))
 
 
-def _plain(x: Any) -> Any:
-    """numpy's array of what is read on the host, wherever it lies: a mask, slopes, sinks."""
+def _plain(x: Any, target: str = "") -> Any:
+    """A mask, slopes or sinks: as they are if they lie where the target reads them, else numpy's
+    array of them."""
+    if target and arrays_of.is_foreign(x) and takes(target, x):
+        return x
     x = _on_host(x) if arrays_of.is_foreign(x) else x
     return x.dequantize() if isinstance(x, QuantTensor) else x
+
+
+def _floats(x: Any, target: str) -> Any:
+    """The same as float32, contiguous."""
+    x = _plain(x, target)
+    if arrays_of.is_foreign(x):
+        return arrays_of.as_float32(x)
+    return np.ascontiguousarray(x, np.float32)
 
 
 @once
@@ -216,7 +231,7 @@ def attention(
 
     q        float32, float16 or bfloat16 (B, H, T, D): a numpy array, or one of torch, cupy or any
              library that speaks DLPack; so with all arrays, and the result is of q's library, on
-             q's device.  Masks, slopes and sinks are read on the host
+             q's device
     k, v     (B, HK, S, D) and (B, HK, S, DV): arrays like q, or quantized tensors; H is a multiple
              of HK, whose heads are shared
     causal   a query sees keys up to its own position; query t stands at t + S - T
@@ -238,7 +253,10 @@ def attention(
     that sees no key gives zeros.  Raises ShapeError, TargetError, CompileError.
     """
     q = q.dequantize() if isinstance(q, QuantTensor) else q
-    mask, alibi, sinks = _plain(mask), _plain(alibi), _plain(sinks)
+    where = target or api.default_target(on_fallback)
+    there = where if arrays_of.is_foreign(q) else ""
+    mask = _plain(mask, there)
+    alibi, sinks = (None if one is None else _floats(one, there) for one in (alibi, sinks))
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
     keys, values = _as_tensor(k, "k"), _as_tensor(v, "v")
@@ -246,18 +264,19 @@ def attention(
     if precision not in ("auto", "fp32"):
         raise TargetError(f"attention in {precision} was asked for; it is computed in fp32 (auto)")
     shape = (*q.shape[:3], keys.shape[2])
-    where = target or api.default_target(on_fallback)
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
     scores: list[Score] = []
     if softcap is not None:
         scores.append(lambda s, b, h, q, k: softcap * call("tanh", s / softcap))
     if alibi is not None:
-        if np.shape(alibi) != (q.shape[1],):
-            raise ShapeError(f"alibi of shape {np.shape(alibi)}; it has a slope for each head of q")
-        slopes = Captured(np.asarray(alibi, np.float32))
+        if tuple(alibi.shape) != (q.shape[1],):
+            raise ShapeError(
+                f"alibi of shape {tuple(alibi.shape)}; it has a slope for each head of q"
+            )
+        slopes = Captured(alibi)
         scores.append(lambda s, b, h, q, k: s + slopes[h] * cast(F32, k - q))
-    if isinstance(mask, np.ndarray):
+    if hasattr(mask, "dtype"):
         added, admitted = _of_array(mask, shape)
         scores += [added] if added else []
         masks.append(admitted)
@@ -270,9 +289,10 @@ def attention(
         operands, sinks is not None,
     )  # fmt: skip
     if sinks is not None:
-        arrays["sinks"] = np.ascontiguousarray(sinks, np.float32)
-        if arrays["sinks"].shape != (q.shape[1],):
-            raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
+        arrays["sinks"] = sinks
+        if tuple(sinks.shape) != (q.shape[1],):
+            shape = tuple(sinks.shape)
+            raise ShapeError(f"sinks of shape {shape}; there is one for each head of q")
     if arrays_of.is_foreign(q):
         return _run_there(where, kind, q, keys, values, arrays)
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)

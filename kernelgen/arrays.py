@@ -169,6 +169,19 @@ def as_float32(x: Any) -> Any:
     return library_of(x).ascontiguousarray(x, dtype=np.float32)
 
 
+def is_float(x: Any) -> bool:
+    """Whether an array of any library is of floats."""
+    return "float" in dtype_name(x)
+
+
+def as_operand(x: Any) -> Any:
+    """The array where it lies, float32 or, for integers and booleans, int32; C-contiguous."""
+    x = _plain(x)
+    if hasattr(x, "contiguous"):
+        return (x.float() if is_float(x) else x.int()).contiguous()
+    return library_of(x).ascontiguousarray(x, dtype=np.float32 if is_float(x) else np.int32)
+
+
 def contiguous(x: Any) -> Any:
     """The array where it lies, C-contiguous, by its own library."""
     x = _plain(x)

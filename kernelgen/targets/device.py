@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import glob
 import math
+import os
 import platform
+import sys
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,6 +111,21 @@ def visible(*patterns: str) -> str | None:
         return f"{platform.system()} may have one"
     found = next((path for one in patterns for path in sorted(glob.glob(one))), None)
     return None if found is None else f"{found} is there"
+
+
+@contextlib.contextmanager
+def own_symbols() -> Iterator[None]:
+    """Libraries loaded inside use their own copy of LLVM; they would else call into that of another
+    driver which was loaded before, and crash the process."""
+    if not hasattr(os, "RTLD_DEEPBIND"):
+        yield
+        return
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(before)
 
 
 @dataclass(frozen=True)
@@ -404,7 +421,7 @@ class DeviceRuntime:
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
-            given, skipped = given_arrays(driver, kind, operands)
+            given, skipped = _given(driver, kind, operands)
             # bytes that belong to one head of K and V
             rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
@@ -454,7 +471,7 @@ class DeviceRuntime:
         return found
 
 
-def given_arrays(
+def _given(
     driver: Driver, kind: Attention, operands: Mapping[str, Array]
 ) -> tuple[dict[str, Buffer], dict[str, int]]:
     """Arrays that score and mask read, in device memory, and how many elements an index skips."""
