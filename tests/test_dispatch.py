@@ -111,6 +111,19 @@ def test_where_the_data_lies_decides(
     assert all(one.reason for one in found.passed)
 
 
+def test_a_driver_that_crashes_is_passed_over(machine: Callable[[Machine], None]) -> None:
+    class Half(Machine):
+        def __call__(self, name: str) -> Any:
+            made = super().__call__(name)
+            if name == "cuda":
+                made.available = lambda: int("libnvrtc.so:\n cannot open")
+            return made
+
+    machine(Half(cuda=GPU))
+    (found,) = dispatch.decide().fallbacks
+    assert "its driver fails (invalid literal" in found.reason and "\n" not in found.reason
+
+
 def test_nothing_can_run(machine: Callable[[Machine], None]) -> None:
     broken = ("a CPU", "it is broken", True)
     machine(Machine(c=broken, numpy=broken))

@@ -593,3 +593,25 @@ def test_torch_compile_beside_another_llvm(program: str) -> None:
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.split() == ["256.0", "0.0"], done.stderr
+
+
+# ---- benchmarks -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "options", "says"),
+    [
+        ("torch_layers.py", "--dims 256 --rows 1 3 --turns 1", "whole block"),
+        ("torch_layers.py", "--dims 256 --rows 2 --turns 1 --cpu --format q8_0", "q8_0 ms"),
+        ("overhead.py", "--targets c numpy cuda --turns 1", "QuantLinear, torch.compile"),
+    ],
+)
+def test_benchmarks_run(file: str, options: str, says: str) -> None:
+    """As they are; their figures mean nothing here."""
+    path = Path(__file__).parent.parent / "bench" / file
+    done = subprocess.run(
+        [sys.executable, str(path), *options.split()], capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
