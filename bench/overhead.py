@@ -1,11 +1,12 @@
 """What a warm call costs besides the kernel: kernelgen.matmul on each target, and torch's way in.
 
-    OMP_NUM_THREADS=1 python bench/overhead.py [--targets c numpy opencl wgsl] [--calls 2000]
+    OMP_NUM_THREADS=1 python bench/overhead.py [--targets c numpy opencl wgsl] [--turns 15]
 
 A matrix so small that the kernel takes next to no time.  For each target: microseconds of the
 target's own runtime (arrays to the device and back, launch), and of kernelgen.matmul, of which the
 difference is what choosing the kernel and checking shapes costs.  Then the ways in that others
-have, on the CPU's target.  Medians of turns.
+have, on the CPU's target.  Of the fastest calls: it is always the same work, to which other load
+of the machine only adds.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def of_targets(names: list[str], w: kernelgen.QuantTensor, x: np.ndarray, turns:
         if name == "c":
             calls["bare"] = bare(w, x, y)
             calls["default"] = lambda: kernelgen.matmul(x, w)
-        times = {n: 1e6 * t.median for n, t in compare(calls, turns, pause=0.01).items()}
+        times = {n: 1e6 * t.minimum for n, t in compare(calls, turns, pause=0.01).items()}
         for what in ("bare", "default"):
             if what in times:
                 table.add_row(f"{name}, {what}", f"{times[what]:.1f}", "", "")
@@ -90,7 +91,7 @@ def of_torch(w: kernelgen.QuantTensor, x: np.ndarray, turns: int) -> Table:
         times = compare(calls, turns, pause=0.01)
     times |= compare({"QuantLinear, with a gradient": lambda: layer(wanting)}, turns, pause=0.01)
     for name, timing in times.items():
-        table.add_row(name, f"{1e6 * timing.median:.1f}")
+        table.add_row(name, f"{1e6 * timing.minimum:.1f}")
     return table
 
 

@@ -308,21 +308,26 @@ def writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
 
 
 @any_array()
-def get_rows(w: QuantTensor, ids: Any, *, target: str | None = None) -> Any:
+def get_rows(
+    w: QuantTensor, ids: Any, *, target: str | None = None, on_fallback: str | None = None
+) -> Any:
     """Rows of w that `ids`, integers of any shape, names: float32 (*ids.shape, K), of the library
     and on the device of `ids`.
 
-    What an embedding does.  Raises ShapeError for a row that w does not have.
+    What an embedding does; `on_fallback` as in `matmul`.  Raises ShapeError for a row that w does
+    not have.
     """
-    name = target or default_target()
+    name = target or default_target(on_fallback)
     ids = np.asarray(ids)
     rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
     return rows.reshape(*ids.shape, w.shape[-1])
 
 
-def dequantize(w: QuantTensor, *, target: str | None = None) -> Array:
+def dequantize(
+    w: QuantTensor, *, target: str | None = None, on_fallback: str | None = None
+) -> Array:
     """Values of w, float32, decoded by a kernel (`w.dequantize()` is the numpy reference)."""
-    name = target or default_target()
+    name = target or default_target(on_fallback)
     return runtime_of(name).dequantize(kernel("dequantize", w.format, name), w)
 
 

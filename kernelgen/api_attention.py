@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kernelgen import api
 from kernelgen import arrays as arrays_of
 from kernelgen import targets as target_list
-from kernelgen.dispatch import any_array, once, runtime_of
+from kernelgen.dispatch import any_array, once, runtime_of, takes
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
@@ -42,7 +42,11 @@ class Captured:
     """An array that a score or mask function reads: indexed by expressions, as captured[h] or
     captured[b, k]; float32, or integers below 2**31."""
 
-    def __init__(self, array: Array) -> None:
+    def __init__(self, array: Any) -> None:
+        if arrays_of.is_foreign(array):  # it lies where the kernel will read it
+            self.array = arrays_of.as_operand(array)
+            self.dtype = "f32" if arrays_of.is_float(array) else "i32"
+            return
         array = np.asarray(array)
         if array.dtype.kind not in "iubf" or not array.ndim:
             raise ShapeError(
@@ -51,6 +55,7 @@ class Captured:
             )
         dtype = np.float32 if array.dtype.kind == "f" else np.int32
         self.array = np.ascontiguousarray(array, dtype)
+        self.dtype = "f32" if array.dtype.kind == "f" else "i32"
 
     def __getitem__(self, index: Any) -> Expr:
         found: dict[int, tuple[Operand, Captured]] | None = getattr(_tracing, "found", None)
@@ -60,15 +65,14 @@ class Captured:
                 " array itself"
             )
         if id(self) not in found:
-            dtype = "f32" if self.array.dtype == np.float32 else "i32"
             name = f"operand{len(found)}"
-            found[id(self)] = ops.operand(name, dtype, self.array.ndim), self
+            found[id(self)] = ops.operand(name, self.dtype, self.array.ndim), self
         return found[id(self)][0][index]
 
 
-def captured(array: Array) -> Captured:
-    """An array that a score or mask function may index by expressions."""
-    return Captured(array)
+def captured(array: Any) -> Captured:
+    """An array that a score or mask function may index by expressions; read on the host."""
+    return Captured(_plain(array))
 
 
 def _trace(
@@ -91,12 +95,12 @@ def _both(first: Mask | None, second: Mask | None) -> Mask | None:
 
 
 def _of_array(
-    array: Array, shape: tuple[int, int, int, int], lengths: Captured | None
+    array: Any, shape: tuple[int, int, int, int], lengths: Captured | None
 ) -> tuple[Score | None, Mask | None]:
     """What an array (B, H, T, S), or one that broadcasts to it, adds to scores or admits.
     `lengths`: keys of each batch, where they differ."""
     try:
-        full = np.broadcast_shapes(array.shape, shape)
+        full = np.broadcast_shapes(tuple(array.shape), shape)
     except ValueError:
         full = ()
     if full != shape:
@@ -110,14 +114,14 @@ def _of_array(
             f"{t} queries were given with a mask array for {s} keys; an array needs no more queries"
             " than keys, as the last query stands at the last key"
         )
-    whole = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    whole = array.reshape((1,) * (4 - array.ndim) + tuple(array.shape))
     there = Captured(whole)
 
     def at(b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
         places = (b, h, q - ((s if lengths is None else lengths[b]) - t), k)
         return there[tuple(p if n > 1 else 0 for p, n in zip(places, whole.shape, strict=True))]
 
-    if array.dtype.kind == "f":
+    if there.dtype == "f32":
         return (lambda x, b, h, q, k: x + at(b, h, q, k)), None
     return None, lambda b, h, q, k: const(0, I32) < at(b, h, q, k)
 
@@ -158,14 +162,25 @@ def _on_host(x: Any) -> Any:
     return QuantTensor("bf16", bits.shape, bits.reshape(-1).view(np.uint8))
 
 
-def _plain(x: Any) -> Any:
-    """numpy's array of what is read on the host, wherever it lies: a mask, slopes, sinks."""
+def _plain(x: Any, target: str = "") -> Any:
+    """A mask, slopes or sinks: as they are if they lie where the target reads them, else numpy's
+    array of them."""
+    if target and arrays_of.is_foreign(x) and takes(target, x):
+        return x
     x = _on_host(x) if arrays_of.is_foreign(x) else x
     return x.dequantize() if isinstance(x, QuantTensor) else x
 
 
 #: a kind of attention, and a shape (B, H, HK, T, S) of a bucket
 Shape = tuple[int, int, int, int, int]
+
+
+def _floats(x: Any, target: str) -> Any:
+    """The same as float32, contiguous."""
+    x = _plain(x, target)
+    if arrays_of.is_foreign(x):
+        return arrays_of.as_float32(x)
+    return np.ascontiguousarray(x, np.float32)
 
 
 @once
@@ -243,7 +258,7 @@ def attention(
 
     q        float32, float16 or bfloat16 (B, H, T, D): a numpy array, or one of torch, cupy or any
              library that speaks DLPack; so with all arrays, and the result is of q's library, on
-             q's device.  Masks, slopes and sinks are read on the host
+             q's device
     k, v     (B, HK, S, D) and (B, HK, S, DV): arrays like q, or quantized tensors; H is a multiple
              of HK, whose heads are shared
     causal   a query sees keys up to its own position; query t stands at t + S - T
@@ -270,7 +285,10 @@ def attention(
     that sees no key gives zeros.  Raises ShapeError, TargetError, CompileError.
     """
     q = q.dequantize() if isinstance(q, QuantTensor) else q
-    mask, alibi, sinks = _plain(mask), _plain(alibi), _plain(sinks)
+    where = target or api.default_target(on_fallback)
+    there = where if arrays_of.is_foreign(q) else ""
+    mask = _plain(mask, there)
+    alibi, sinks = (None if one is None else _floats(one, there) for one in (alibi, sinks))
     if q.ndim != 4:
         raise ShapeError(f"q of shape {q.shape} was given; it is (batch, head, query, element)")
     keys, values = as_tensor(k, "k"), as_tensor(v, "v")
@@ -281,7 +299,6 @@ def attention(
             f"attention in {precision} was asked for; allowed are {', '.join(_PRECISIONS)}"
         )
     shape = (*q.shape[:3], page * held["pages"].shape[1] if page else keys.shape[2])
-    where = target or api.default_target(on_fallback)
     chosen = "fp32" if precision == "auto" else precision
     masks: list[Mask | None] = [ops.causal if causal else None]
     masks.append(None if window is None else ops.window(window))
@@ -289,11 +306,13 @@ def attention(
     if softcap is not None:
         scores.append(lambda s, b, h, q, k: softcap * call("tanh", s / softcap))
     if alibi is not None:
-        if np.shape(alibi) != (q.shape[1],):
-            raise ShapeError(f"alibi of shape {np.shape(alibi)}; it has a slope for each head of q")
-        slopes = Captured(np.asarray(alibi, np.float32))
+        if tuple(alibi.shape) != (q.shape[1],):
+            raise ShapeError(
+                f"alibi of shape {tuple(alibi.shape)}; it has a slope for each head of q"
+            )
+        slopes = Captured(alibi)
         scores.append(lambda s, b, h, q, k: s + slopes[h] * cast(F32, k - q))
-    if isinstance(mask, np.ndarray):
+    if hasattr(mask, "dtype"):
         added, admitted = _of_array(mask, shape, Captured(held["lengths"]) if held else None)
         scores += [added] if added else []
         masks.append(admitted)
@@ -307,9 +326,11 @@ def attention(
     )  # fmt: skip
     arrays |= held
     if sinks is not None:
-        arrays["sinks"] = np.ascontiguousarray(sinks, np.float32)
-        if arrays["sinks"].shape != (q.shape[1],):
-            raise ShapeError(f"sinks of shape {np.shape(sinks)}; there is one for each head of q")
+        arrays["sinks"] = sinks
+        if tuple(sinks.shape) != (q.shape[1],):
+            raise ShapeError(
+                f"sinks of shape {tuple(sinks.shape)}; there is one for each head of q"
+            )
     sizes = _bucket(shape, keys.shape[1])
     if arrays_of.is_foreign(q):
         return _run_there(where, kind, sizes, chosen, q, keys, values, arrays)

@@ -26,6 +26,13 @@ FLOATS = ("float32", "float16", "bfloat16")
 #: another's, and managed
 HOST_KINDS = (1, 3, 11, 13)
 
+#: the number for devices that DLPack does not know
+NOWHERE = -1
+
+#: torch's devices whose number need not be asked for, which costs ten times as much, or which older
+#: versions do not tell
+_TORCHS = {"cpu": 1, "mps": 8}
+
 
 def is_foreign(x: object) -> bool:
     """Whether x is an array of another library than numpy."""
@@ -35,11 +42,14 @@ def is_foreign(x: object) -> bool:
 def kind_of(x: Any) -> int:
     """The kind of device on which an array of another library lies, as DLPack numbers them."""
     named = getattr(getattr(x, "device", None), "type", None)
-    if named == "cpu":  # asking DLPack costs a tensor ten times as much
-        return HOST_KINDS[0]
+    if named in _TORCHS:
+        return _TORCHS[named]
     if named == "meta":
         raise ShapeError("a tensor on the meta device has no values; give one that has memory")
-    return int(x.__dlpack_device__()[0])
+    try:
+        return int(x.__dlpack_device__()[0])
+    except ValueError:  # torch, for devices that DLPack has no number for
+        return NOWHERE
 
 
 def dtype_name(x: Any) -> str:
@@ -167,6 +177,19 @@ def as_float32(x: Any) -> Any:
     if hasattr(x, "contiguous"):
         return x.float().contiguous()
     return library_of(x).ascontiguousarray(x, dtype=np.float32)
+
+
+def is_float(x: Any) -> bool:
+    """Whether an array of any library is of floats."""
+    return "float" in dtype_name(x)
+
+
+def as_operand(x: Any) -> Any:
+    """The array where it lies, float32 or, for integers and booleans, int32; C-contiguous."""
+    x = _plain(x)
+    if hasattr(x, "contiguous"):
+        return (x.float() if is_float(x) else x.int()).contiguous()
+    return library_of(x).ascontiguousarray(x, dtype=np.float32 if is_float(x) else np.int32)
 
 
 def contiguous(x: Any) -> Any:

@@ -132,10 +132,15 @@ def _judge(name: str) -> Passed | None:
     expected = runtime.expected()
     if expected is None:
         return Passed(name, "nothing on this machine says that it has such a device", False)
-    reason = runtime.available()
+    try:
+        reason = runtime.available()
+        on_cpu = reason is None and runtime.on_cpu()
+    except Exception as error:  # half an installation of a driver must not end what others can do
+        said = " ".join(str(error).split()) or type(error).__name__
+        return Passed(name, f"its driver fails ({said}); install it anew", True)
     if reason is not None:
         return Passed(name, reason, True)
-    if runtime.on_cpu() and name not in target_list.PREFERENCE:
+    if on_cpu and name not in target_list.PREFERENCE:
         first = target_list.PREFERENCE[0]
         return Passed(name, f"its device here is the CPU, which target {first} uses better", False)
     return None

@@ -89,6 +89,46 @@ class Tensor:
         return self.bytes
 
 
+class _Mps(str):
+    """The device, as torch prints it."""
+
+    type = "mps"
+
+
+class Floats:
+    """A tensor of float32 on the GPU, with what kernelgen calls of one that users give."""
+
+    device, dtype, requires_grad = _Mps("mps:0"), "torch.float32", False
+
+    def __init__(self, memory: Array, queue: Queue) -> None:
+        self.memory, self.queue = memory, queue
+
+    shape = property(lambda self: self.memory.shape)
+
+    def __array_namespace__(self) -> Any:
+        return SimpleNamespace(float32=np.float32)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise ValueError("Unknown device type mps for Dlpack")
+
+    def detach(self) -> Floats:
+        return self
+
+    float = contiguous = detach
+
+    def reshape(self, *shape: Any) -> Floats:
+        return Floats(self.memory.reshape(*shape), self.queue)
+
+    def __getitem__(self, key: Any) -> Floats:
+        return Floats(self.memory[key], self.queue)
+
+    def view(self, dtype: object) -> Tensor:
+        return Tensor(self.memory.view(np.uint8), "mps", self.queue)
+
+    def new_empty(self, shape: Any, dtype: Any) -> Floats:
+        return Floats(np.full(shape, np.nan, dtype), self.queue)
+
+
 class _TorchKernel:
     def __init__(self, emulator: Emulator, entry: str, queue: Queue) -> None:
         self._emulator, self._entry, self._queue = emulator, entry, queue

@@ -197,6 +197,16 @@ def test_any_library(w: kernelgen.QuantTensor) -> None:
     np.testing.assert_array_equal(y.inner, kernelgen.matmul(x, w, target=dispatch.decide(1).target))
 
 
+def test_a_device_without_a_number_is_nowhere() -> None:
+    class Elsewhere:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise ValueError("Unknown device type hpu for Dlpack")
+
+    assert arrays.kind_of(Elsewhere()) == arrays.NOWHERE
+    found = dispatch.decide(arrays.NOWHERE)
+    assert found.target in targets.PREFERENCE and "copied to the host" in str(found.fallbacks[0])
+
+
 def test_a_library_that_reads_no_dlpack(w: kernelgen.QuantTensor) -> None:
     class Mute:
         dtype = np.dtype(np.float32)

@@ -111,6 +111,19 @@ def test_where_the_data_lies_decides(
     assert all(one.reason for one in found.passed)
 
 
+def test_a_driver_that_crashes_is_passed_over(machine: Callable[[Machine], None]) -> None:
+    class Half(Machine):
+        def __call__(self, name: str) -> Any:
+            made = super().__call__(name)
+            if name == "cuda":
+                made.available = lambda: int("libnvrtc.so:\n cannot open")
+            return made
+
+    machine(Half(cuda=GPU))
+    (found,) = dispatch.decide().fallbacks
+    assert "its driver fails (invalid literal" in found.reason and "\n" not in found.reason
+
+
 def test_nothing_can_run(machine: Callable[[Machine], None]) -> None:
     broken = ("a CPU", "it is broken", True)
     machine(Machine(c=broken, numpy=broken))
@@ -508,6 +521,26 @@ def test_attention_on_the_gpu(gpu: Any) -> None:
     mixed = kernelgen.attention(on_gpu(q), quantized, on_gpu(v), causal=True)
     want = kernelgen.attention(q, quantized, v, target="numpy", causal=True)
     np.testing.assert_allclose(mixed.get(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_on_the_gpu_stay_there(gpu: Any) -> None:
+    q = RNG.standard_normal((2, 2, 3, 32), np.float32)
+    k, v = RNG.standard_normal((2, 2, 1, 5, 32), np.float32)
+    seen = np.tril(np.ones((3, 5), bool), 1)
+    bias = RNG.standard_normal((2, 1, 3, 5)).astype(np.float32)
+    for options in (
+        {"mask": seen}, {"mask": bias},
+        {"alibi": np.array([0.5, 0.25], np.float32), "sinks": np.array([1, -1], np.float32)},
+    ):  # fmt: skip
+        want = kernelgen.attention(q, k, v, target="numpy", **options)
+        there = {name: on_gpu(x) for name, x in options.items()}
+        y = kernelgen.attention(on_gpu(q), on_gpu(k), on_gpu(v), **there)  # compiles
+        stream = gpu.cuda.Stream()
+        stream.begin_capture()
+        y = kernelgen.attention(on_gpu(q), on_gpu(k), on_gpu(v), **there)
+        graph = stream.end_capture()
+        graph.launch()
+        np.testing.assert_allclose(y.get(), want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_needs_the_host_says_so(gpu: Any, w: QuantTensor) -> None:

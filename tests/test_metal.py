@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kernelgen import targets
+import kernelgen
+from kernelgen import api, arrays, dispatch, targets
 from kernelgen.config import Capabilities
 from kernelgen.config.matrices import HalfMatrixTileConfig, MatrixTileConfig
 from kernelgen.emulator import Emulator, Report
@@ -282,6 +283,27 @@ def test_nothing_happens_before_somebody_waits(mac: Mac) -> None:
     found = np.ones((4, 4), np.float32)
     driver.download(out, found)
     assert not mac.queue.waiting and not found.any()
+
+
+@pytest.mark.parametrize("mac", ["torch"], indirect=True)
+def test_tensors_on_the_gpu_stay_there(mac: Mac) -> None:
+    """Kernels are launched on their memory, and nobody waits."""
+    forget = [dispatch.runtime_of, dispatch.decide, dispatch._resident, api._matmul_runner]
+    for cached in forget:
+        cached.cache_clear()  # type: ignore[attr-defined]
+    try:
+        w = kernelgen.quantize(np.random.default_rng(0).standard_normal((20, 64)), "q8_0")
+        x = np.random.default_rng(1).standard_normal((3, 64), np.float32)
+        assert dispatch.decide(arrays.kind_of(fake_metal.Floats(x, mac.queue))).target == "metal"
+        y = kernelgen.matmul(fake_metal.Floats(x, mac.queue), w, precision="fp32")
+    finally:
+        for cached in forget:
+            cached.cache_clear()  # type: ignore[attr-defined]
+    assert type(y) is fake_metal.Floats and mac.queue.waiting and np.isnan(y.memory).all()
+    memory = [a.ctypes.data for a in mac.queue.launched[-1].arguments if isinstance(a, np.ndarray)]
+    assert {x.ctypes.data, y.memory.ctypes.data} <= set(memory)
+    mac.queue.finish()
+    assert relative_error(y.memory, matmul(x, w.dequantize())) < 1e-5
 
 
 @pytest.mark.parametrize("mac", ["pyobjc"], indirect=True)

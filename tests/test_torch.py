@@ -6,6 +6,8 @@ import copy
 import io
 import logging
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -560,3 +562,56 @@ def test_attention_compiles() -> None:
         compiled(q, q, q, is_causal=True),
         kt.scaled_dot_product_attention(q, q, q, is_causal=True), rtol=0, atol=0,
     )  # fmt: skip
+
+
+# ---- beside a software Vulkan driver --------------------------------------------------------
+
+WGSL = """
+w = kernelgen.quantize(np.ones((8, 32), np.float32), "q8_0")
+print(kernelgen.matmul(np.ones((1, 32), np.float32), w, target="wgsl").sum().round())
+"""
+COMPILE = """
+import torch, kernelgen.torch
+layer = torch.compile(kernelgen.torch.QuantLinear(32, 8, "q8_0"), backend="aot_eager")
+print(layer(torch.ones(1, 32)).sum().item())
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [WGSL + COMPILE, pytest.param("import kernelgen.torch\n" + WGSL + COMPILE,
+                                  marks=pytest.mark.slow)],
+    ids=["driver first", "torch first"],
+)  # fmt: skip
+def test_torch_compile_beside_another_llvm(program: str) -> None:
+    """torch.compile loads Triton, which must not call the driver's LLVM."""
+    reason = kernelgen.targets.get("wgsl").runtime().available()
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernelgen, numpy as np\n" + program],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == ["256.0", "0.0"], done.stderr
+
+
+# ---- benchmarks -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "options", "says"),
+    [
+        ("torch_layers.py", "--dims 256 --rows 1 3 --turns 1", "whole block"),
+        ("torch_layers.py", "--dims 256 --rows 2 --turns 1 --cpu --format q8_0", "q8_0 ms"),
+        ("overhead.py", "--targets c numpy cuda --turns 1", "QuantLinear, torch.compile"),
+    ],
+)
+def test_benchmarks_run(file: str, options: str, says: str) -> None:
+    """As they are; their figures mean nothing here."""
+    path = Path(__file__).parent.parent / "bench" / file
+    done = subprocess.run(
+        [sys.executable, str(path), *options.split()], capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -44,6 +45,13 @@ def get(name: str) -> Target:
 def targets() -> tuple[Target, ...]:
     """All targets."""
     return tuple(get(name) for name in NAMES)
+
+
+def settle_torch() -> None:
+    """After torch was imported: load what torch.compile would load later, if a driver is in this
+    process whose libraries would be in its way (see the runtimes of these targets)."""
+    if "wgpu" in sys.modules and importlib.util.find_spec("triton") is not None:
+        get("triton").runtime().available()
 
 
 class _Module(ModuleType):

@@ -326,7 +326,7 @@ class DeviceRuntime:
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
-            given, skipped = given_arrays(driver, kind, operands)
+            given, skipped = _given(driver, kind, operands)
             # bytes that belong to one head of K and V
             rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
@@ -397,7 +397,7 @@ def _cut(one: Operand, operands: Mapping[str, Array], rows: slice, columns: slic
     return np.ascontiguousarray(operands[one.name][where[one.axes]], np.float32)
 
 
-def given_arrays(
+def _given(
     driver: Driver, kind: Attention, operands: Mapping[str, Array]
 ) -> tuple[dict[str, Buffer], dict[str, int]]:
     """Arrays that score and mask read, in device memory, and how many elements an index skips."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import math
+import os
 import platform
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -106,6 +108,21 @@ def visible(*patterns: str) -> str | None:
         return f"{platform.system()} may have one"
     found = next((path for one in patterns for path in sorted(glob.glob(one))), None)
     return None if found is None else f"{found} is there"
+
+
+@contextlib.contextmanager
+def own_symbols() -> Iterator[None]:
+    """Libraries loaded inside use their own copy of LLVM; they would else call into that of another
+    driver which was loaded before, and crash the process."""
+    if not hasattr(os, "RTLD_DEEPBIND"):
+        yield
+        return
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+    try:
+        yield
+    finally:
+        sys.setdlopenflags(before)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from kernelgen.arrays import empty_like
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops.attention import Attention
-from kernelgen.targets.base import Array, Kernel, Weights
-from kernelgen.targets.device import DeviceRuntime, given_arrays
+from kernelgen.targets.base import Kernel, Weights
+from kernelgen.targets.device import DeviceRuntime
 from kernelgen.targets.driver import Buffer, Resident
 
 
@@ -56,17 +58,18 @@ def matmul(runtime: DeviceRuntime, kernel: Kernel) -> Callable[[Any, Weights, An
 
 def attention(
     runtime: DeviceRuntime, kernel: Kernel
-) -> Callable[[Any, Any, Any, Mapping[str, Array], Any], None]:
-    """A function of q, float32 (B, H, T, D), k and v, the operands by name, numpy arrays, and y,
+) -> Callable[[Any, Any, Any, Mapping[str, Any], Any], None]:
+    """A function of q, float32 (B, H, T, D), k and v, the operands by name, and y,
     float32 (B, H, T, DV), which it fills; q and y lie on the device, k and v are `Weights` or
-    arrays there in the element types of the kernel's formats.  It returns when all is launched."""
+    arrays there in the element types of the kernel's formats, operands lie there or on the host.
+    It returns when all is launched."""
     driver, launcher, kind = _driver(runtime), runtime.launcher(kernel), kernel.subject
     assert isinstance(kind, Attention)
     combine = kernel.then.get("attention_combine")
     add_up = None if combine is None else runtime.launcher(combine)
     splits = kernel.config.as_dict()["splits"]
 
-    def run(q: Any, k: Any, v: Any, operands: Mapping[str, Array], y: Any) -> None:
+    def run(q: Any, k: Any, v: Any, operands: Mapping[str, Any], y: Any) -> None:
         (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
         keys = k.shape[0] * hk * s
         if kind.page:
@@ -83,7 +86,7 @@ def attention(
                 " batches or heads at a time"
             )
         with driver.at(q):
-            given, skipped = given_arrays(driver, kind, operands)
+            given, skipped = _read(driver, kind, operands)
             sizes = {"B": b, "H": h, "T": t, "HK": hk, "S": s, **skipped}
             sizes |= {"B0": 0, "H0": 0, "SPLITS": splits}
             if kind.page:
@@ -98,6 +101,23 @@ def attention(
                 add_up(buffers, sizes)
 
     return run
+
+
+def _read(
+    driver: Any, kind: Attention, operands: Mapping[str, Any]
+) -> tuple[dict[str, Buffer], dict[str, int]]:
+    """Arrays that score and mask read, and how many elements an index skips: those of the host are
+    uploaded, those on the device are as `kernelgen.arrays.as_operand` gives them."""
+    buffers, skipped = {}, {}
+    names = {one.name: one.strides for one in kind.operands}
+    for name, x in operands.items():
+        on_host = isinstance(x, np.ndarray)
+        buffers[name] = driver.upload(np.ascontiguousarray(x)) if on_host else driver.borrow(x)
+        step = 1
+        for axis, size in reversed(list(zip(names.get(name, ()), x.shape, strict=False))):
+            skipped[axis] = step if size > 1 else 0
+            step *= int(size)
+    return buffers, skipped
 
 
 def _held(runtime: DeviceRuntime, driver: Any, x: Any) -> Buffer:

@@ -18,12 +18,14 @@ except ImportError as error:
         " pip install kernelgen[torch]"
     ) from error
 
+from kernelgen.targets import settle_torch
 from kernelgen.torch.attention import scaled_dot_product_attention
 from kernelgen.torch.linear import QuantLinear
 from kernelgen.torch.ops import dequantize, matmul
 from kernelgen.torch.replace import Replaced, replace_linears
 
-del torch  # its name here would hide nothing, but promise something
+settle_torch()
+del torch  # its name here would promise something
 
 __all__ = [
     "QuantLinear", "Replaced", "dequantize", "matmul", "replace_linears",

@@ -26,7 +26,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, rejected
+from kernelgen.targets.driver import Buffer, own_symbols, rejected
 
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
@@ -50,24 +50,6 @@ class Device:
         return self.name == "cpu"
 
 
-@contextlib.contextmanager
-def _own_symbols() -> Iterator[None]:
-    """Libraries loaded inside use their own copy of LLVM.
-
-    Triton's would else call into that of a software Vulkan driver which was loaded before, and
-    crash the process.
-    """
-    if not hasattr(os, "RTLD_DEEPBIND"):
-        yield
-        return
-    before = sys.getdlopenflags()
-    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
-    try:
-        yield
-    finally:
-        sys.setdlopenflags(before)
-
-
 @functools.cache
 def find_device() -> Device | str:
     """The device to run on, or a sentence that says why there is none."""
@@ -79,7 +61,7 @@ def find_device() -> Device | str:
         if not torch.cuda.is_available():
             os.environ[INTERPRET] = "1"
             asked = True
-        with _own_symbols():
+        with own_symbols():
             import triton.language
             import triton.runtime.interpreter as interpreter
     except ImportError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import re
+import sys
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, rejected
+from kernelgen.targets.driver import Buffer, own_symbols, rejected
 
 #: features that kernels use where an adapter has them
 WANTED_FEATURES = ("shader-f16", "subgroup")
@@ -283,6 +285,18 @@ def _without_display() -> Iterator[None]:
         os.environ.pop(name, None)
 
 
+def _let_torch_be_first() -> None:
+    """Where torch is loaded, torch.compile will load Triton; after a software Vulkan driver, whose
+    LLVM it would then call, that crashes the process.  So it is loaded now, with its own."""
+    torch = sys.modules.get("torch")
+    if torch is None or "triton" in sys.modules or importlib.util.find_spec("triton") is None:
+        return
+    if not torch.cuda.is_available():  # what Triton's own runtime would set, and for good
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    with own_symbols(), contextlib.suppress(ImportError):
+        import triton  # noqa: F401
+
+
 @functools.cache
 def find_adapter() -> Any:
     """The adapter to run on, or a sentence that says why there is none."""
@@ -290,6 +304,7 @@ def find_adapter() -> Any:
         import wgpu
     except (ImportError, OSError) as error:
         return f"wgpu cannot be imported ({error}); pip install kernelgen[wgsl]"
+    _let_torch_be_first()
     try:
         with _without_display():
             return wgpu.gpu.request_adapter_sync(power_preference="high-performance")
