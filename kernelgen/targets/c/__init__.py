@@ -64,6 +64,25 @@ def _integer_codes(fmt: BlockFormat) -> str | None:
     return None
 
 
+#: products of so many bits are two bytes, of which one holds the lowest seven
+_TWO_BYTES = 1 << 14
+
+
+def _fills_tiles(fmt: BlockFormat) -> str | None:
+    """Sums must be of many elements: to take one out of a tile costs as much as 64 of them."""
+    reason = _integer_codes(fmt)
+    split = None if reason else steps(fmt).split
+    if reason or split is None:
+        few = fmt.group < 32
+        return reason or (f"sums over groups of {fmt.group} fill too little of a tile" * few or None)
+    largest = max(-split.lo, split.hi + 1)
+    if largest > _TWO_BYTES:
+        return f"products of codes and group integers reach {largest}, which two bytes do not hold"
+    if largest * 127 * fmt.block >= 1 << 31:
+        return f"sums over blocks of {fmt.block} may need more than 32 bits"
+    return None
+
+
 def _matmul(op: str, precision: str, style: str = "") -> Walk:
     """Rows of weights in the lanes of vectors, or, in style "tiles", on matrix units."""
     tiles = style == "tiles"
@@ -83,7 +102,7 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         ),
         symbols=_SYMBOLS,
         features=("matrix",) * tiles,
-        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        applies=(_fills_tiles if tiles else _integer_codes) if precision == "int8" else lambda f: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
         style=style,
