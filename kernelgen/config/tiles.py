@@ -44,6 +44,6 @@ class TileMatmulConfig(Config):
     """
 
     rows: int = choice(256, 32, 64, 128, 256, 512)
-    pairs: int = choice(4, 1, 2, 4, 8)
+    pairs: int = choice(8, 1, 2, 4, 8)
     depth: int = choice(256, 64, 128, 256, 512)
     layout: str = choice("interleaved", "interleaved")

@@ -51,7 +51,7 @@ def test_stand_ins(isa: str, walk: Walk) -> None:
 
 
 def test_a_cpu_with_tiles_takes_them() -> None:
-    """Where they are faster: groups that fill half a tile, and matmul."""
+    """In matmul, where sums are of elements enough."""
     target = targets.get("c")
     with_tiles, without = (isa_named(n).capabilities for n in ("amx", "avx512vnni"))
 
