@@ -38,10 +38,12 @@ class TileMatmulConfig(Config):
 
     rows      of activations that meet what is decoded of the weights before it is decoded again;
               their sums, 128 bytes each, are to fit a core's cache
+    pairs     of tiles of weights that meet the same activations before others are loaded
     depth     elements of a row of weights that are decoded at a time, or one block if that is more
     layout    weights are repacked once with `prepare`
     """
 
     rows: int = choice(256, 32, 64, 128, 256, 512)
+    pairs: int = choice(8, 1, 2, 4, 8)
     depth: int = choice(256, 64, 128, 256, 512)
     layout: str = choice("interleaved", "interleaved")

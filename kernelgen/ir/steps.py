@@ -45,6 +45,26 @@ class GroupInts:
 
 
 @dataclass(frozen=True)
+class SplitScale:
+    """A scale that is a float of the block times an integer of the group, so that the products of
+    codes and integers can be summed over a whole block.
+
+    factor   f32 of the block
+    integer  i32, in `g`
+    bias     what is to be subtracted from the codes before they are multiplied
+    lo, hi   range of the products
+    offset   f32, in `g`: what is added besides; None where it is 0
+    """
+
+    factor: Expr
+    integer: Expr
+    bias: int
+    lo: int
+    hi: int
+    offset: Expr | None
+
+
+@dataclass(frozen=True)
 class Steps:
     """The expressions of one format.
 
@@ -57,6 +77,7 @@ class Steps:
     signed     whether codes are signed bytes; else they are at most 127
     values     f32, in `i`: the element itself, where elements are floats
     words      words in a group
+    split      the scale as a float of the block and an integer of the group; None where it is not
     scalar_because  reasons for which something was decoded lane by lane; empty: all packed
     """
 
@@ -70,6 +91,7 @@ class Steps:
     signed: bool
     values: Expr | None
     scalar_because: tuple[str, ...]
+    split: SplitScale | None = None
 
     @property
     def words(self) -> int:
@@ -117,7 +139,28 @@ def steps(fmt: BlockFormat) -> Steps:
         signed=word.signed,
         values=None,
         scalar_because=tuple(r for r in reasons if r),
+        split=_split_scale(fmt, word, by_name),
     )
+
+
+def _split_scale(fmt: BlockFormat, word: CodeWord, packed: set[str]) -> SplitScale | None:
+    """How the scale splits, if it is a product of two such numbers."""
+    g = group_var(fmt)
+    scale = None if fmt.scale is None else fmt.scale_expr(g)
+    if scale is None or scale.op != "*":
+        return None
+    for factor, whole in (scale.args, scale.args[::-1]):
+        of_block = not any(node is g for node in walk(factor))
+        if of_block and whole.op == "cast" and whole.args[0].dtype is I32:
+            integer = whole.args[0]
+            codes = [c - word.bias for c in ((-word.code_max if word.signed else 0), word.code_max)]
+            ends = [c * i for c in codes for i in interval(integer)]
+            offset = None if fmt.offset is None else fmt.offset_expr(g)
+            return SplitScale(
+                _lower_group(factor, packed), _lower_group(integer, packed), word.bias,
+                min(ends), max(ends), None if offset is None else _lower_group(offset, packed),
+            )  # fmt: skip
+    return None
 
 
 def unsigned_code(fmt: BlockFormat, i: Expr) -> tuple[Expr, int]:

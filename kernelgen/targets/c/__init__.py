@@ -30,29 +30,40 @@ _SYMBOLS = {
 
 #: what C and the templates call something; a format's field of that name gets an underscore
 _RESERVED = frozenset(
-    "ACT B BLOCK BLOCK_BYTES CHUNK COLUMNS COUNT D DV FEW FOR FOR_FREE GROUP H HK INFINITY "
-    "INLINE K KEYS K_ROW_BYTES LANES LANE_IDS M N NULL PADDED PARALLEL PARALLEL_FOR PART_FLOATS "
-    "QUERIES REST ROWS S SIGNED_BIAS SPLIT_KEYS STEPS T THREADS TILE_FLOATS TOGETHER UNROLL "
-    "UNROLL_GROUPS VECTORS V_ROW_BYTES WHOLE WIDE WORDS a abort abs abs_f32 add_packed "
-    "add_values admitted all all_admitted arguments at at_each auto b base begin beside "
-    "bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break c calloc case char code codes "
-    "columns combine const continue cos count decode_keys decode_values default do dot dot_keys "
-    "dot_signed dot_unsigned double each_row else entry enum erf exp exp_f32 exp_falling extern "
-    "f16_at f32_at f32_to_bits f32v fabsf factor few_rows finish finite first float floats for "
-    "free from g gather goto group groups h head heads hk i i16_at i32v ids if inline int "
-    "int16_t int32_t int64_t int8_t interleave j j0 k k0 k_from k_hi k_lo k_to key key_elements "
-    "keys kt l larger largest largest_lane last load_lanes load_u16 load_u32 log long lookup m "
-    "magnitude malloc many_rows memcpy memset mine most multiply_keys multiply_values n "
-    "negate_bytes "
-    "none_admitted offset out p part partial parts prefetch q q_hi q_lo quantize_block r "
-    "register repacked restrict return rintf rounded row row_bytes rows rows_f16 rows_f32 "
-    "rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale score scratch short "
-    "shrink signed sin size_t sizeof some splat_f32 splat_i32 splat_u32 split splits spread "
-    "spread1 sqrt states static store store_lanes stride struct sum sum_of_lanes sums sums_of "
-    "switch t tanh tanh_f32 tile tiles to to_f32 to_i32 top total turn typedef u u16_at u32_at "
-    "u32v uint16_t uint32_t uint8_t uintptr_t union unit unsigned unsigned_to_f32 v value "
-    "value_elements values void volatile w weigh weight while whole widen width wt x xd xm xq "
-    "xs y ym".split()
+    "ACT AHEAD B BLOCK BLOCKS BLOCK_BYTES BYTES CHUNK CHUNKS COLUMNS COUNT D DEEP DEPTH DV "
+    "FEW FOR FOR_FREE GROUP GROUPS H HK INFINITY INLINE K KEYS KEY_BYTES K_ROW_BYTES LANES "
+    "LANE_IDS LINE M N NEVER NULL PADDED PAGE PAGES PAIR PAIRS PARALLEL PARALLEL_FOR PARTS "
+    "PART_FLOATS QUERIES REST ROOM ROWS ROW_BYTES S SCALE SIGNED_BIAS SPAN SPLIT_KEYS STEP "
+    "STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T THREADS TILE TILE_BYTES TILE_DEPTH "
+    "TILE_FLOATS TILE_STRIDE TOGETHER UNIT UNROLL UNROLL_GROUPS VALUE_BYTES VECTORS "
+    "V_ROW_BYTES WEIGHT_BYTES WHOLE WIDE WIDTH WORDS X_BYTES a a_next abort above_seven abs "
+    "abs_f32 add_blocks add_packed add_values admitted all all_admitted arguments at at_each "
+    "auto b base batch before begin begun below beside bits_to_f32 blend_f32 blend_i32 "
+    "blend_u32 block blocks break c calloc case char chunk clear_sums code codes column "
+    "columns combine const continue cos count decode decode_keys decode_values default do dot "
+    "dot_keys dot_signed dot_unsigned double each_row else ends entry enum erf exp "
+    "exp2_falling exp_f32 exp_falling extern f16_at f32_at f32_to_bits f32v fabsf factor "
+    "few_rows finish finish_row finite first float floats for free from g gather goto group "
+    "groups h half head head0 heads held held_of hi hk i i16_at i16v i32v ids if in_parts "
+    "in_parts_beside inline int int16_t int32_t int64_t int8_t integer interleave j j0 k k0 "
+    "k_from k_hi k_lo k_to key key_elements key_row keys kt l larger largest largest_lane "
+    "largest_of last left line line_of lo load_lanes load_u16 load_u32 log long lookup "
+    "lowest_seven m magnitude malloc many_rows memcpy memset mine most multiply "
+    "multiply_codes multiply_keys multiply_values n n0 n_to nearest nearest_half negate_bytes "
+    "next none_admitted of of_batch offset out p pack pack_keys pack_row pack_values packed "
+    "pairs pairs_of_rows part part0 part1 partial parts place prefetch prepare products "
+    "ptrdiff_t put q q_hi q_lo quantize_block query_elements r register repacked restrict "
+    "return rintf rounded row row_bytes row_of rows rows_and_span rows_f16 rows_f32 rows_i16 "
+    "rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale score scratch short shrink "
+    "signed sin size_t sizeof some span_bytes spans splat_f32 splat_i32 splat_u32 split "
+    "splits spread spread1 sqrt states static steps store store_lanes store_sums stride "
+    "struct sum sum_of_lanes sums sums_of switch t tanh tanh_f32 tile tile_bytes "
+    "tile_dot_bf16 tile_dot_int8 tile_load tile_store tile_zero tiles tiles_allowed "
+    "tiles_begin tiles_end to to_f32 to_i32 together top tops tops_of total totals turn "
+    "typedef u u16_at u32_at u32v uint16_t uint32_t uint8_t uintptr_t union unit unseen "
+    "unsigned unsigned_to_f32 upper v value value_elements value_row values void volatile w "
+    "weigh weigh_rows weight weights while whole wide widen width words wt x x2 xd xm xq xs y "
+    "ym".split()
 )
 
 
@@ -68,9 +79,31 @@ def _integer_codes(fmt: BlockFormat) -> str | None:
     return None
 
 
+#: products of so many bits are two bytes, of which one holds the lowest seven
+_TWO_BYTES = 1 << 14
+
+
+def _fills_tiles(fmt: BlockFormat) -> str | None:
+    """Sums must be of many elements: to take one out of a tile costs as much as 64 of them."""
+    reason = _integer_codes(fmt)
+    if reason:
+        return reason
+    split = steps(fmt).split
+    if split is None:
+        few = f"sums over groups of {fmt.group} fill too little of a tile"
+        return few if fmt.group < 32 else None
+    largest = max(-split.lo, split.hi + 1)
+    if largest > _TWO_BYTES:
+        return f"products of codes and group integers reach {largest}, which two bytes do not hold"
+    if largest * 127 * fmt.block >= 1 << 31:
+        return f"sums over blocks of {fmt.block} may need more than 32 bits"
+    return None
+
+
 def _matmul(op: str, precision: str, style: str = "") -> Walk:
     """Rows of weights in the lanes of vectors, or, in style "tiles", on matrix units."""
     tiles = style == "tiles"
+    integers = _fills_tiles if tiles else _integer_codes
     scratch = (Argument("scratch", "scratch", "u8", ("SCRATCH_BYTES",)),)
     return Walk(
         name=f"{style or 'row_tiles'}_{precision}",
@@ -87,7 +120,7 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         ),
         symbols=_SYMBOLS,
         features=("matrix",) * tiles,
-        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        applies=integers if precision == "int8" else lambda fmt: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
         norms=precision == "int8",

@@ -114,6 +114,33 @@ INLINE f32v exp2_falling(f32v x) {
 
 #endif
 
+// Products of 16 bits, two in each lane.
+typedef int16_t i16v __attribute__((vector_size(4 * LANES)));
+
+// Four codes of each row, less a bias, times a number of the row: of the bytes 0 and 2, and 1 and 3.
+INLINE void multiply_codes(u32v codes, int is_signed, int bias, i32v factor, i16v products[2]) {
+    const i16v twice = (i16v)(((u32v)factor & 0xFFFFu) | (u32v)factor << 16);
+    const i16v even = (i16v)codes << 8, odd = (i16v)codes;
+    if (is_signed) {
+        products[0] = ((even >> 8) - (int16_t)bias) * twice;
+        products[1] = ((odd >> 8) - (int16_t)bias) * twice;
+    } else {
+        products[0] = ((i16v)(codes & 0x00FF00FFu) - (int16_t)bias) * twice;
+        products[1] = ((i16v)(codes >> 8 & 0x00FF00FFu) - (int16_t)bias) * twice;
+    }
+}
+// Such products as bytes, in the order of the codes: their lowest seven bits, and what is above
+// these, which may be negative; or all of them, where they are bytes.
+INLINE u32v lowest_seven(const i16v products[2]) {
+    return ((u32v)products[0] & 0x007F007Fu) | ((u32v)products[1] & 0x007F007Fu) << 8;
+}
+INLINE u32v above_seven(const i16v products[2]) {
+    return ((u32v)(products[0] >> 7) & 0x00FF00FFu) | ((u32v)(products[1] >> 7) & 0x00FF00FFu) << 8;
+}
+INLINE u32v whole_bytes(const i16v products[2]) {
+    return ((u32v)products[0] & 0x00FF00FFu) | ((u32v)products[1] & 0x00FF00FFu) << 8;
+}
+
 // Lane n of the result is the largest lane of x[n]; NaN is none.
 #define TOP_STEP(x, size)                                        \
     for (int n = 0; n < LANES; n += 2 * size) {                  \

@@ -1,0 +1,106 @@
+"""Matmul on the tiles of matrix units against the reference: on AMX where the CPU has it, and
+everywhere in plain C, which stands in for the instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kernelgen import targets
+from kernelgen.config import RowTileConfig, TileMatmulConfig
+from kernelgen.generate import generate_walk
+from kernelgen.ir import formats
+from kernelgen.problem import tolerance
+from kernelgen.targets.base import Runtime, Walk
+from kernelgen.targets.c.runtime import isa_named
+from kernelgen.verify import check
+from tests.c.machines import ALL_FORMATS, find_clang, here
+from tests.c.programs import ProgramRuntime
+from tests.c.test_attention_tiles import STAND_INS, machine, stand_in
+from tests.c.test_memory import SANITIZERS
+
+WALKS = tuple(w for w in targets.get("c").walks if (w.op, w.style) == ("matmul", "tiles"))
+#: rows of activations and of weights, and blocks: one, parts of tiles, pairs and of what is decoded
+SHAPES = ((1, 1, 1), (9, 37, 3), (33, 16, 9), (70, 65, 17))
+
+
+def problems(runtime: Runtime, name: str, walk: Walk, **config: int) -> list[str]:
+    """What is wrong with a walk for a format, by shape."""
+    fmt = formats.get(name)
+    if walk.accepts(fmt) is not None:
+        return []
+    chosen = TileMatmulConfig.from_dict(config)
+    assert walk.refuses(chosen, fmt, runtime.capabilities()) is None
+    kernel = generate_walk(walk, fmt, targets.get("c"), chosen)
+    bound = tolerance(walk.op, walk.precision)
+    found = {s: check(kernel, runtime, *s[:2], s[2] * fmt.block) for s in SHAPES}
+    return [f"{walk.name} {name} {s}: {e:.3g}" for s, e in found.items() if not e <= bound]
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("fmt", ["q4_K", "q8_0", "mxfp4", "f16"])
+def test_amx(fmt: str, walk: Walk) -> None:
+    assert problems(machine("amx"), fmt, walk, rows=32) == []
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("isa", STAND_INS)
+def test_stand_ins(isa: str, walk: Walk) -> None:
+    assert problems(machine(isa), "q4_K", walk, rows=32) == []
+
+
+def test_a_cpu_with_tiles_takes_them() -> None:
+    """In matmul, where sums are of elements enough."""
+    target = targets.get("c")
+    with_tiles, without = (isa_named(n).capabilities for n in ("amx", "avx512vnni"))
+
+    def style(op: str, fmt: str, precision: str, caps: object) -> str:
+        return target.serve(op, formats.get(fmt), precision, caps).style  # type: ignore[arg-type]
+
+    assert style("matmul", "q4_K", "int8", with_tiles) == "tiles"
+    assert style("matmul", "f16", "bf16", with_tiles) == "tiles"
+    assert style("matvec", "q4_K", "int8", with_tiles) == ""
+    assert style("matmul", "q4_K", "int8", without) == ""
+    assert target.walk("matmul", formats.get("q4_K"), "int8").config is RowTileConfig
+
+
+# ---- everything -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("fmt", ALL_FORMATS)
+@pytest.mark.parametrize("isa", ["amx", *STAND_INS])
+def test_all(isa: str, fmt: str, walk: Walk) -> None:
+    assert problems(machine(isa), fmt, walk) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("fmt", ["q4_K", "q8_0", "q6_K", "f16"])
+def test_every_configuration(fmt: str, walk: Walk) -> None:
+    for config in TileMatmulConfig.space():
+        values = config.as_dict()
+        assert problems(machine("amx"), fmt, walk, **values) == [], values
+
+
+@pytest.mark.slow
+def test_gcc(compiled_by: Callable[[str], None]) -> None:
+    compiled_by("gcc")
+    for walk in WALKS:
+        assert problems(machine("amx"), "q4_K", walk) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_sanitizers(sanitizer: str, walk: Walk) -> None:
+    """Of the stand-in: sanitizers do not see what tiles read and write."""
+    clang = find_clang()
+    if clang is None:
+        pytest.skip("clang is not installed")
+    isa = stand_in("avx2")
+    here(isa)
+    runtime = ProgramRuntime([clang], (*isa.flags, *SANITIZERS[sanitizer], "-g"), isa.capabilities)
+    assert problems(runtime, "q4_K", walk, rows=32) == []
