@@ -127,7 +127,8 @@ def test_large_arrays_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api_maps, "_PIECE", 50)
     np.testing.assert_array_equal(kernelgen.add(X, Y), X + Y)  # one row
     np.testing.assert_array_equal(kernelgen.mul(X, W), X * W)  # many
-    close(kernelgen.softmax(X, sinks=W[:3]), softmax(WIDE, None, W[:3].astype(float)[None]))
+    sunk = softmax(WIDE.reshape(12, 22), None, np.tile(W[:3].astype(np.float64), 4))
+    close(kernelgen.softmax(X, sinks=W[:3]), sunk.reshape(X.shape))
     close(kernelgen.rms_norm(X, W), rms_norm(WIDE, W))
     places = np.arange(12).reshape(4, 3)
     want = turned(WIDE.reshape(12, 22), places.reshape(-1), turning.frequencies(22), False)
