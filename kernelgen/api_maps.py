@@ -284,6 +284,10 @@ class MapFunction:
         values = result if isinstance(result, tuple) else (result,)
         made = [v if isinstance(v, Expr) else functions.number(v) for v in values]
         wanted = [dtype] * len(made) if not isinstance(dtype, tuple) else list(dtype)
+        if len(wanted) != len(made):
+            raise ShapeError(
+                f"{len(wanted)} types were given for the {len(made)} results of {self._label}"
+            )
         named = tuple(
             type_of(w) if w is not None else _natural(v, types)
             for v, w in zip(made, wanted, strict=True)

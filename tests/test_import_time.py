@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: packages that only some uses need, and that are imported when these begin
 LATE = {
-    "cupy", "filelock", "gguf", "jinja2", "mlx", "optuna", "pyopencl", "rich", "torch", "triton",
-    "typer", "wgpu",
+    "cupy", "filelock", "gguf", "jinja2", "ml_dtypes", "mlx", "optuna", "pyopencl", "rich", "torch",
+    "triton", "typer", "wgpu",
 }  # fmt: skip
 
 LIMIT_S = 0.150

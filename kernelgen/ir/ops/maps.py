@@ -140,7 +140,7 @@ def rotated(
     positions  (rows), i32, 0 and above
     turns, rest  (dims / 2), u32: how far a pair turns from one position to the next, in 2^-32 of a
                turn, and what this lacks, in 2^-48 of a turn, below 2^16.  With these an angle is
-               exact to 2^-31 of a turn at any position
+               off by position * 2^-49 + 2^-32 of a turn at most
     neighbours whether pairs are elements 2i and 2i + 1; else they are i and i + dims / 2
     magnitude  of sine and cosine
     """
