@@ -19,11 +19,13 @@ import gguf
 import numpy as np
 import pytest
 
+import kernelgen
 from kernelgen import gguf_files
 from kernelgen.errors import FileError, FormatError, KernelgenError, ShapeError
 from kernelgen.gguf_files import Metadata, Model
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.encode import put_half
 from kernelgen.tensor import QuantTensor
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -47,7 +49,10 @@ def random_tensor(fmt: BlockFormat, shape: tuple[int, ...], seed: int = 0) -> Qu
             fields[name] = rng.standard_normal(values.shape).astype(values.dtype)
     if fmt.name == "bf16":
         fields["x"] &= 0xBFFF  # no exponent of ones: infinities and NaN
-    return QuantTensor(fmt, shape, fmt.join(fields))
+    blocks = fmt.join(fields)
+    for name in fmt.halves:
+        put_half(fmt, blocks, name, rng.standard_normal(count))
+    return QuantTensor(fmt, shape, blocks)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +160,25 @@ def test_values_are_those_of_gguf(tmp_path: Path, every_format: dict[str, QuantT
         assert ours.data.tobytes() == theirs.data.tobytes()
         assert list(ours.shape) == theirs.shape.tolist()[::-1]
         try:
-            want = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
+            with np.errstate(over="ignore"):  # powers of two of mxfp4
+                want = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
         except NotImplementedError:
             continue
         assert np.array_equal(ours.dequantize(), want), theirs.name
         compared += 1
-    assert compared == len(formats.FORMATS) - 2  # gguf does not decode q8_1 and q8_K
+    assert compared == len(formats.FORMATS) - 3  # gguf does not decode q8_1, q8_K and q1_0
+
+
+@pytest.mark.parametrize("name", ["iq2_xs", "iq1_m", "tq1_0", "nvfp4", "q1_0"])
+def test_what_a_file_holds_is_multiplied(tmp_path: Path, name: str) -> None:
+    fmt = formats.get(name)
+    path = tmp_path / "one.gguf"
+    gguf_files.save(path, {"w": random_tensor(fmt, (5, 512), 3)})
+    w = gguf_files.open(path)["w"]
+    x = np.random.default_rng(0).standard_normal((3, 512), np.float32)
+    y = kernelgen.matmul(x, w, target="numpy", precision="fp32")
+    want = x.astype(np.float64) @ w.dequantize().astype(np.float64).T
+    assert np.abs(y - want).max() <= 1e-4 * np.abs(want).max()
 
 
 def test_tensors_are_memory_maps(tmp_path: Path, every_format: dict[str, QuantTensor]) -> None:
@@ -376,17 +394,17 @@ def test_names_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_types_kernelgen_does_not_know(tmp_path: Path) -> None:
-    """...neither those that gguf knows (16: IQ2_XXS, 26: I32) nor later ones."""
+    """...neither those that gguf knows (24: I8, 26: I32) nor later ones."""
     path = raw_file(
         tmp_path / "a.gguf",
         [
-            info("a", (256, 1), 16), info("b", (32, 2), 2, 96), info("c", (7,), 26, 160),
+            info("a", (256, 1), 24), info("b", (32, 2), 2, 96), info("c", (7,), 26, 160),
             info("d", (5, 5), 999, 192), info("e", (2**60,), 77, 0),
         ],
     )  # fmt: skip
     model = gguf_files.open(path)
     assert list(model) == ["b"]
-    assert model.skipped == {"a": "IQ2_XXS", "c": "I32", "d": "ggml type 999", "e": "ggml type 77"}
+    assert model.skipped == {"a": "I8", "c": "I32", "d": "ggml type 999", "e": "ggml type 77"}
     assert "a" not in model
     for name, kind in model.skipped.items():
         with pytest.raises(FormatError) as info_:
@@ -397,8 +415,10 @@ def test_types_kernelgen_does_not_know(tmp_path: Path) -> None:
     assert "  d  ggml type 999, not known" in repr(model)
 
 
-def test_registered_formats_are_read(tmp_path: Path) -> None:
-    """A format of ggml that a user describes is known from then on; a namesake is not it."""
+def test_registered_formats_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A format of ggml that kernelgen does not know and a user describes is known from then on; a
+    namesake is not it."""
+    monkeypatch.delitem(formats._by_name, "tq2_0")
     path = raw_file(tmp_path / "a.gguf", [info("w", (256, 2), 35)], data=132)  # TQ2_0
     assert gguf_files.open(path).skipped == {"w": "TQ2_0"}
     described = BlockFormat(
@@ -558,7 +578,7 @@ def test_tensors_that_are_wrong(tmp_path: Path) -> None:
     )
     refused(raw_file(path, [info(dims=(0, 2))]), "rows of tensor 'w' have 0 elements")
     refused(raw_file(path, [info(dims=())]), "rows of tensor 'w' have 1 elements")
-    refused(raw_file(path, [info(dims=(300, 2), kind=16)]), "and IQ2_XXS has blocks of 256")
+    refused(raw_file(path, [info(dims=(300, 2), kind=16)]), "and iq2_xxs has blocks of 256")
     refused(raw_file(path, [info(dims=(32, 1, 1, 1, 1))]), "5 dimensions", "ggml has 4")
     refused(raw_file(path, [info(offset=8)]), "begins at offset 8, not a multiple", "alignment 32")
     refused(raw_file(path, [info()], data=35), "tensor 'w' ends at byte 132, but the file at 131")
