@@ -33,8 +33,9 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
 
     "auto" takes int8 activations wherever the format's elements are integer codes: these have
     eight bits or less over a block of the same length, so rounding the activations to eight bits
-    by the block's largest magnitude adds no more error than the format itself has.  Floats are
-    multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
+    by the block's largest magnitude adds less error than formats of few bits have, and about as
+    much as those of eight; several times as much where a few columns of activations are far larger
+    than all others (docs/accuracy.md has figures).  Floats are multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")

@@ -23,7 +23,7 @@ from filelock import FileLock
 import kernelgen
 from kernelgen import targets
 from kernelgen.files import contents
-from kernelgen.generate import generate
+from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import BlockFormat, formats
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.ops import matmul
@@ -32,6 +32,7 @@ from kernelgen.targets.base import Kernel
 from kernelgen.targets.wgsl import runtime as wgsl
 from kernelgen.tensor import QuantTensor
 from kernelgen.verify import sample_weights
+from kernelgen.verify_epilogue import KINDS
 from tests import device_checks as checks
 from tests.test_numpy_target import ODD
 
@@ -328,6 +329,16 @@ def test_tint_takes_every_variant(tint: Path, fmt: BlockFormat) -> None:
 def test_tint_takes_all_formats(tint: Path) -> None:
     every = (*formats.FORMATS, *checks.MADE_UP, *ODD)
     assert rejected(tint, (k for f in every for k in checks.texts(TARGET, f))) == {}
+
+
+def test_tint_takes_epilogues(tint: Path) -> None:
+    """Up to three operands beside quantized activations: of storage buffers there are eight."""
+    fmt, made = formats.get("q4_K"), {}
+    for one in (w for w in TARGET.walks if w.op in ("matvec", "matmul")):
+        for kind in ("gelu_tanh", "gated_own", "rms_swiglu"):
+            kernel = generate_walk(one, fmt, TARGET, None, KINDS[kind])
+            made |= {each.entry: each for each in (kernel, *kernel.needs.values())}
+    assert rejected(tint, made.values()) == {}
 
 
 def test_tint_rejects(tint: Path) -> None:

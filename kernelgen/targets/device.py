@@ -33,10 +33,6 @@ from kernelgen.targets.driver import (
 from kernelgen.targets.maps import Apply, dense, written
 from kernelgen.targets.maps import strides as map_strides
 
-#: rows that belong together in some layout or product, and so in one buffer
-_TOGETHER = 16
-
-
 _ITEM_TYPES = {"f32": np.float32, "i32": np.int32}
 
 
@@ -106,15 +102,15 @@ class DeviceRuntime:
             with self._lock:
                 found = w.prepared.get(key)
                 if found is None:
-                    found = w.prepared[key] = self._upload(layout, w)
+                    found = w.prepared[key] = self._upload(layout, w, _together(kernel))
         return found
 
-    def _upload(self, layout: Layout, w: Weights) -> list[Piece]:
+    def _upload(self, layout: Layout, w: Weights, together: int) -> list[Piece]:
         k, driver = w.shape[-1], self.driver()
         row_bytes = w.format.row_bytes(k)
         rows = w.data.reshape(-1, row_bytes)
         pieces = []
-        for start, stop in self.windows(len(rows), row_bytes):
+        for start, stop in self.windows(len(rows), row_bytes, together):
             part = rows[start:stop]
             packed = part if layout.name == "native" else layout.pack(part, w.format, k)
             pieces.append(Piece(start, stop, driver.upload(packed)))
@@ -122,11 +118,10 @@ class DeviceRuntime:
             driver.wait()
         return pieces
 
-    def windows(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of which each fits a buffer."""
+    def windows(self, rows: int, row_bytes: int, together: int = 1) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of which each fits a buffer, cut at multiples of so many."""
         largest = self.driver().largest
-        step = largest // row_bytes
-        step -= step % _TOGETHER if step > _TOGETHER else 0
+        step = largest // row_bytes // together * together
         if not step:
             raise TargetError(
                 f"a row of {row_bytes} bytes does not fit a buffer of target {self.name}, which"
@@ -229,18 +224,12 @@ class DeviceRuntime:
         self.launcher(kernel)  # compiled now
         epilogue = kernel.fused.epilogue
         read = epilogue.operands if epilogue is not None else ()
-        each = 2 if epilogue is not None and epilogue.gated else 1
+        each = 1 if _together(kernel) == 1 else 2
 
         def run(x: Array, w: Weights, y: Array, operands: Mapping[str, Array] = NONE) -> None:
             if y.size == 0:
                 return
             pieces = self.prepare(kernel, w)
-            if each > 1 and any(piece.start % _TOGETHER for piece in pieces):
-                raise TargetError(
-                    f"rows of {w.format.row_bytes(w.shape[1])} bytes were given to a gated product,"
-                    f" too long for the buffers of target {self.name}, of {driver.largest} bytes;"
-                    " use another target"
-                )
             widest = max(x.shape[1], *(p.stop - p.start for p in pieces))
             for start, stop in self.windows(len(x), 4 * widest):
                 rows, part = x[start:stop], y[start:stop]
@@ -389,6 +378,12 @@ class DeviceRuntime:
                 buffer = driver.upload(w.data[batches, heads])
                 found = w.prepared[key] = Held(driver, buffer, batches, heads)
         return found.buffer
+
+
+def _together(kernel: Kernel) -> int:
+    """Rows of weights that must not be parted: those of which results are made."""
+    epilogue = kernel.fused.epilogue
+    return 2 * kernel.walk.apart if epilogue is not None and epilogue.gated else 1
 
 
 def _cut(one: Operand, operands: Mapping[str, Array], rows: slice, columns: slice) -> Array:
