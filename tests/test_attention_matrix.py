@@ -265,7 +265,7 @@ def emulated(kernel: Kernel, one: Case, language: str, source: str) -> tuple[Arr
     ("name", "changes", "barrier", "count"),
     [
         ("mma", {"warps": 4, "warp_rows": 16, "key_warps": 2, "keys": 32}, "__syncthreads();", 6),
-        ("wgmma", {"warps": 4, "keys": 64}, "__syncthreads();", 6),
+        ("wgmma", {"warps": 4, "keys": 64}, "__syncthreads();", 5),
         ("matrix", {"simds": 2, "keys": 16}, "threadgroup_barrier(mem_flags::mem_threadgroup);", 5),
     ],
     ids=STYLES,
