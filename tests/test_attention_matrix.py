@@ -260,32 +260,37 @@ def emulated(kernel: Kernel, one: Case, language: str, source: str) -> tuple[Arr
     return arguments[3], report
 
 
+TILES = {"mma": {"warps": 4, "warp_rows": 16, "key_warps": 2, "keys": 32},
+         "wgmma": {"warps": 4, "keys": 64}, "matrix": {"simds": 2, "keys": 16}}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changes", "barrier", "count"),
+    ("name", "what", "count", "finding"),
     [
-        ("mma", {"warps": 4, "warp_rows": 16, "key_warps": 2, "keys": 32}, "__syncthreads();", 6),
-        ("wgmma", {"warps": 4, "keys": 64}, "__syncthreads();", 6),
-        ("matrix", {"simds": 2, "keys": 16}, "threadgroup_barrier(mem_flags::mem_threadgroup);", 5),
+        ("mma", "__syncthreads();", 6, "race"),
+        ("wgmma", "__syncthreads();", 5, "race"),
+        ("wgmma", "writes_show();", 3, "proxy"),
+        ("wgmma", "products_wait();", 3, "async"),
+        ("wgmma", "products_wait_but_last();", 1, "async"),
+        ("matrix", "threadgroup_barrier(mem_flags::mem_threadgroup);", 5, "race"),
     ],
-    ids=STYLES,
 )
-def test_every_barrier_is_needed(
-    name: str, changes: dict[str, Any], barrier: str, count: int
-) -> None:
-    """Of those that all threads meet at, whichever is taken away leaves a race."""
+def test_every_barrier_is_needed(name: str, what: str, count: int, finding: str) -> None:
+    """Of those that all threads meet at, and of fences and waits, whichever is taken away leaves
+    something that the emulator finds."""
     kind = kind_of("shared", 64, "q8_0", "f16", 80)
-    kernel = kernel_of(name, kind, "fp16", 0, share="group", **changes)
+    kernel = kernel_of(name, kind, "fp16", 0, share="group", **TILES[name])
     one = rounded_case("shared", kind, "fp16", 9, 90, 1)
     y, report = emulated(kernel, one, STYLES[name], kernel.source)
     assert report.ok, report
     assert relative_error(y, one.want) <= tolerance("attention", "fp16")
-    places = [m.span() for m in re.finditer(re.escape(barrier), kernel.source)]
+    places = [m.span() for m in re.finditer(re.escape(what), kernel.source)]
     assert len(places) == count
     for start, stop in places:
         text = kernel.source[:start] + kernel.source[stop:]
         _, report = emulated(kernel, one, STYLES[name], text)
-        assert "race" in {f.kind for f in report.findings}, text[start - 200 : start]
+        assert finding in {f.kind for f in report.findings}, text[start - 200 : start]
 
 
 # ---- configurations
