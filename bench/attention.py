@@ -3,14 +3,18 @@
     OMP_NUM_THREADS=2 python -m bench.attention [--repeats 15]
 
 One batch, 32 heads that share 8 of K and V, 128 elements.  Medians of interleaved repeats, in
-milliseconds; torch in each dtype and in each way that its call can be written, of which its best
-counts.
+milliseconds, of the time that passed and of CPU time of all threads together; torch in each dtype
+and in each way that its call can be written, of which its best counts.  With one thread, CPU time
+hardly depends on what else the machine does.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,9 +44,8 @@ def ours(t: int, k: QuantTensor, v: QuantTensor, q: np.ndarray, mask: Mask | Non
         config = walk.default(kind, reach.capabilities(), t)
         run = reach.attention(generate_walk(walk, kind, target, config))
         y = np.empty(q.shape, np.float32)
-        calls[f"kernelgen {k.format.name} {walk.precision}"] = lambda run=run, y=y: run(
-            q, k, v, {}, y
-        )
+        name = " ".join(filter(None, ("kernelgen", k.format.name, walk.precision, walk.style)))
+        calls[name] = lambda run=run, y=y: run(q, k, v, {}, y)
     return calls
 
 
@@ -77,13 +80,39 @@ def data(t: int, s: int, fmt: str) -> tuple[np.ndarray, QuantTensor, QuantTensor
     return q, k, v
 
 
-def measure(calls: Calls, repeats: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Median:
+    """Milliseconds that passed, and of CPU time."""
+
+    passed: float
+    cpu: float
+
+
+def measure(calls: Calls, repeats: int) -> dict[str, Median]:
     """Medians, which are printed."""
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+
+    def clocked(name: str) -> Callable[[], Any]:
+        def call() -> None:
+            before = time.process_time()
+            calls[name]()
+            cpu[name].append(time.process_time() - before)
+
+        return call
+
     found = {}
-    for name, timing in compare(calls, repeats).items():
-        found[name] = 1e3 * timing.median
-        print(f"  {name:28} {found[name]:9.2f}  (least {1e3 * timing.minimum:.2f})")
+    for name, timing in compare({name: clocked(name) for name in calls}, repeats).items():
+        one = Median(1e3 * timing.median, 1e3 * statistics.median(cpu[name]))
+        print(
+            f"  {name:34} {one.passed:9.2f}  (least {1e3 * timing.minimum:.2f}) cpu {one.cpu:9.2f}"
+        )
+        found[name] = one
     return found
+
+
+def ratio(a: Median, b: Median) -> str:
+    """How many times as long the first takes."""
+    return f"{a.passed / b.passed:.2f} (cpu {a.cpu / b.cpu:.2f})"
 
 
 def against(title: str, mine: Calls, rival: Calls, repeats: int) -> None:
@@ -92,8 +121,9 @@ def against(title: str, mine: Calls, rival: Calls, repeats: int) -> None:
     found = measure(mine | rival, repeats)
     for name in mine:
         for dtype in ("float32", "bfloat16"):
-            best = min(ms for key, ms in found.items() if key.startswith(f"torch {dtype}"))
-            print(f"  {name}: torch's {dtype} takes {best / found[name]:.2f} times as long")
+            of_dtype = [one for key, one in found.items() if key.startswith(f"torch {dtype}")]
+            best = Median(min(x.passed for x in of_dtype), min(x.cpu for x in of_dtype))
+            print(f"  {name}: torch's {dtype} takes {ratio(best, found[name])} times as long")
 
 
 def main() -> None:
@@ -115,7 +145,7 @@ def main() -> None:
         print("causal and full")
         found = measure(mine | whole, repeats)
         for name in mine:
-            print(f"  {name}: causal takes {found[name] / found[name + ' full']:.3f} of full")
+            print(f"  {name}: causal takes {ratio(found[name], found[name + ' full'])} of full")
         for fmt in ("q8_0", "q4_0", "f16"):
             q, k, v = data(1, 8192, fmt)
             rival = theirs(q, k.dequantize(), v.dequantize(), False)
@@ -125,7 +155,8 @@ def main() -> None:
         print("8192 queries, window of 256 and full")
         found = measure(near | ours(8192, k, v, q), max(1, repeats // 5))
         for name in near:
-            print(f"  {name}: {found[name] / found[name.removesuffix(' window')]:.3f} of full")
+            whole_of = found[name.removesuffix(" window")]
+            print(f"  {name}: {ratio(found[name], whole_of)} of full")
 
 
 if __name__ == "__main__":
