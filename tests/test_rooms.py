@@ -30,7 +30,7 @@ LEVELS = (
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
     ("targets.printer",),
     ("targets.base",),
-    ("targets.attention",),
+    ("targets.attention", "targets.package"),
     # what several targets share
     ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated"),
     ("targets.*",),
@@ -45,12 +45,15 @@ LEVELS = (
         "cli",
         "demo",
         "files",
+        "packages",
         "verify",
         "verify_attention",
     ),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-SHARED_BY_TARGETS = ("attention", "base", "printer", "simt", "simt_attention", "device", "emulated")
+SHARED_BY_TARGETS = (
+    "attention", "base", "device", "emulated", "package", "printer", "simt", "simt_attention",
+)  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 
 #: formats that are also the names of plain types
