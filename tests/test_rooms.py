@@ -32,7 +32,8 @@ LEVELS = (
     ("targets.base",),
     ("targets.attention", "targets.package"),
     # what several targets share
-    ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated"),
+    ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated",
+     "targets.device_package"),
     ("targets.*",),
     ("targets",),
     ("generate", "tuner"),
@@ -52,7 +53,7 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "device", "emulated", "package", "printer", "simt", "simt_attention",
+    "attention", "base", "device", "device_package", "emulated", "package", "printer", "simt", "simt_attention",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from kernelgen import __version__
 from kernelgen.config import Capabilities, Config
 from kernelgen.errors import KernelgenError
-from kernelgen.files import entry_of, kernels
+from kernelgen.files import entry_of, kernels, manifest_of
 from kernelgen.generate import environment, generate_walk
 from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import MATVEC_ROWS, PRECISIONS, acceptable
@@ -82,18 +83,22 @@ def plan(
             dataclasses.replace(r, points=tuple(points.get((r.format, r.precision, r.op), ())))
             for r in found
         ]
+    rules = tuple(found)
     order = {fmt.name: n for n, fmt in enumerate(formats)}
     every = sorted(made.kernels.values(), key=lambda k: order.get(k.subject.name, len(order)))
+    entries = tuple(_entry(one, target) for one in every)
     return Plan(
-        target, __version__, tuple(every),
-        tuple(entry_of(one, target, file=f"{_stem(one, target)}{target.suffix}") for one in every),
-        tuple(found), functools.partial(_defaults, target, formats, ops),
+        target, __version__, tuple(every), entries, rules, manifest_of(target, entries),
+        _dispatch(target, rules), functools.partial(_defaults, target, formats, ops),
         functools.partial(_render, target), binaries,
     )  # fmt: skip
 
 
-def _stem(kernel: Kernel, target: Target) -> str:
-    return kernel.entry.removeprefix(target.prefix)
+def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
+    """What the manifest says of a kernel; `contract`: whether the compiler may round a*b + c once,
+    which its flags have to say."""
+    file = kernel.entry.removeprefix(target.prefix) + target.suffix
+    return {**entry_of(kernel, target, file), "contract": kernel.contract}
 
 
 def _defaults(
@@ -177,3 +182,20 @@ def _render(target: Target, template: str, **values: Any) -> str:
                 return found.read_text("utf-8")
     made = environment(target).get_template(template)
     return made.render(version=__version__, **target.globals, **values).lstrip("\n")
+
+
+def _dispatch(target: Target, rules: Iterable[Rule]) -> str:
+    """The rules as JSON; docs/embedding.md says how they are meant."""
+    data = {
+        "version": 1, "kernelgen": __version__, "target": target.name,
+        "matvec_rows": MATVEC_ROWS, "rules": [_rule_data(one) for one in rules],
+    }  # fmt: skip
+    return json.dumps(data, indent=1) + "\n"
+
+
+def _rule_data(rule: Rule) -> dict[str, Any]:
+    found = dataclasses.asdict(rule)
+    found["choices"] = [
+        {"m": [one.m_from, one.m_to], "kernel": one.kernel} for one in rule.choices
+    ]
+    return found

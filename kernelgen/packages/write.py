@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any
 
 from kernelgen.errors import FileError, TargetError
-from kernelgen.files import manifest_of
-from kernelgen.problem import MATVEC_ROWS
 from kernelgen.targets.base import Target
 from kernelgen.targets.package import Content, PackageError, Plan
 
@@ -49,26 +44,8 @@ def contents(plan: Plan, layout: str = "") -> dict[str, Content]:
     except PackageError as error:
         raise TargetError(str(error)) from error
     if not layout:
-        made.setdefault("manifest.json", manifest_of(target, plan.entries))
-        made["dispatch.json"] = dispatch(plan)
+        made = {"manifest.json": plan.manifest, "dispatch.json": plan.dispatch, **made}
     return dict(sorted(made.items()))
-
-
-def dispatch(plan: Plan) -> str:
-    """The rules as JSON; docs/embedding.md says how they are meant."""
-    data = {
-        "version": 1, "kernelgen": plan.version, "target": plan.target.name,
-        "matvec_rows": MATVEC_ROWS, "rules": [_rule(one) for one in plan.rules],
-    }  # fmt: skip
-    return json.dumps(data, indent=1) + "\n"
-
-
-def _rule(rule: Any) -> dict[str, Any]:
-    found = dataclasses.asdict(rule)
-    found["choices"] = [
-        {"m": [one.m_from, one.m_to], "kernel": one.kernel} for one in rule.choices
-    ]
-    return found
 
 
 def write(made: dict[str, Content], folder: Path) -> list[Path]:

@@ -67,6 +67,7 @@ class Plan:
     kernels   each by its own entry point
     entries   of the manifest, as plain data, in the order of `kernels`
     rules     see `Rule`
+    manifest, dispatch   entries and rules, as JSON
     defaults  makes the kernels in their default configurations for other capabilities
     render    text of a template, from names and values; what is no template is taken as it is
     binaries  architectures to compile for, by name; None: those that the target thinks of, where
@@ -78,16 +79,11 @@ class Plan:
     kernels: tuple[Kernel, ...]
     entries: tuple[Mapping[str, Any], ...]
     rules: tuple[Rule, ...]
+    manifest: str
+    dispatch: str
     defaults: Callable[[Capabilities], Sequence[Kernel]]
     render: Callable[..., str]
     binaries: tuple[str, ...] | None = None
-
-    @property
-    def formats(self) -> list[Any]:
-        """The formats of weights, in their order."""
-        found = {r.format for r in self.rules}
-        every = {k.format.name: k.format for k in self.kernels if "format" in self.entry(k)}
-        return [fmt for name, fmt in every.items() if name in found or not found]
 
     def entry(self, kernel: Kernel) -> Mapping[str, Any]:
         """What the manifest says of a kernel."""

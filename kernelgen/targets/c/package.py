@@ -37,7 +37,8 @@ def package(plan: Plan) -> dict[str, Content]:
     files, folders = _sources(by_isa, tuned)
     formats = list(dict.fromkeys(k.format for k in first if k.op != "attention"))
     context: dict[str, Any] = {
-        "isas": ISAS, "kernels": first, "formats": formats, "tuned": tuned,
+        "isas": ISAS, "kernels": first, "formats": formats,
+        "tuned": {name: made for name, made in tuned.items() if made},
         "beside": _beside, "stem": _stem, "given": _given, "matvec_rows": 8,
         "names": [n for k in (*first, *_every(tuned)) for n in _functions(k)],
         "rules": _rules(plan, tuned, {k.entry for k in first}),
@@ -176,7 +177,7 @@ def _rules(plan: Plan, tuned: Mapping[str, list[Kernel]], plain: set[str]) -> di
         "": [
             _initializer(rule, kernels[one.kernel], one)
             for rule in plan.rules
-            for one in rule.choices
+            for one in rule.choices[:1]  # every CPU can run it
         ]
     }
     for isa in ISAS:

@@ -1,0 +1,108 @@
+"""Packages for targets whose kernels run over a grid of threads in a device's own memory.
+
+The host's part is the same for all: templates/packages has it, and a target adds its driver.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kernelgen.ir.block import BlockFormat
+from kernelgen.targets.base import Kernel
+from kernelgen.targets.package import Arithmetic, Content, PackageError, Plan, spelt
+
+#: how C spells sizes of 64 bits
+C_SIZES = Arithmetic("{a} / {b}", "CEIL({a}, {b})", "LEAST({a}, {b})")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How Python reaches the device.
+
+    package   its name
+    api       what people call the API
+    requires  packages that it needs besides numpy, as pip takes them
+    evidence  what kernels like these were run on, in a sentence or two
+    more      further lines of the README
+    """
+
+    package: str
+    api: str
+    requires: tuple[str, ...]
+    evidence: str
+    more: tuple[str, ...] = ()
+
+
+def device_package(plan: Plan, binding: Binding) -> dict[str, Content]:
+    """Sources, README and Python package; the target adds `package/driver.py.j2`."""
+    if not plan.kernels:
+        raise PackageError(
+            f"no kernel of target {plan.target.name} was asked for; name other formats or ops"
+        )
+    formats = list(dict.fromkeys(
+        k.format for k in plan.kernels if isinstance(k.subject, BlockFormat)
+    ))  # fmt: skip
+    context: dict[str, Any] = {
+        "package": binding.package, "api": binding.api, "requires": binding.requires,
+        "needs": " and ".join(_plain(one) for one in binding.requires),
+        "formats": formats, "kernels": plan.kernels, "evidence": binding.evidence,
+        "more": binding.more, "folder": f"python/{binding.package}/kernels",
+    }  # fmt: skip
+    root = f"python/{binding.package}"
+    made: dict[str, Content] = {
+        f"{root}/kernels/{plan.entry(one)['file']}": one.source for one in plan.kernels
+    }
+    made |= {
+        "README.md": plan.render("README.md.j2", **context),
+        "pyproject.toml": plan.render("pyproject.toml.j2", **context),
+        f"{root}/__init__.py": plan.render("init.py.j2", **context),
+        f"{root}/host.py": plan.render("host.py.j2", **context),
+        f"{root}/decide.py": plan.render("decide.py.j2", **context),
+        f"{root}/driver.py": plan.render("package/driver.py.j2", **context),
+        f"{root}/py.typed": "",
+        f"{root}/manifest.json": plan.manifest,
+        f"{root}/dispatch.json": plan.dispatch,
+    }
+    return made
+
+
+def _plain(requirement: str) -> str:
+    """The name in a requirement."""
+    return next(
+        requirement[:n] for n, c in enumerate(requirement + ">") if c in "[<>=!~; "
+    )
+
+
+def c_header(plan: Plan) -> str:
+    """A header for hosts in C and C++: what each kernel takes, how it is launched, and which one
+    serves."""
+    features = sorted({name for one in plan.entries for name in one["features"]})
+
+    def groups(kernel: Kernel) -> list[str]:
+        return [spelt(one, C_SIZES) for one in plan.entry(kernel)["launch"]["groups"]]
+
+    def bits(names: Sequence[str]) -> str:
+        return " | ".join(f"KERNELGEN_HAS_{one.replace('-', '_')}" for one in names) or "0"
+
+    return plan.render(
+        "kernels.h.j2", kernels=plan.kernels, entry=plan.entry, rules=plan.rules,
+        known={k.entry: n for n, k in enumerate(plan.kernels)}, features=features, groups=groups,
+        bytes_of=functools.partial(_memory, plan), bits=bits,
+        subject=lambda e: e.get("format") or e["attention"],
+        needs=lambda e: next((f'"{one}"' for one in e["needs"].values()), "NULL"),
+    )  # fmt: skip
+
+
+def _memory(plan: Plan, kernel: Kernel) -> list[tuple[str, str]]:
+    """Memory that a launch wants besides what a host gives: role, bytes."""
+    entry = plan.entry(kernel)
+    symbols = {**entry["symbols"], **entry["launch"]["symbols"]}
+    found = []
+    for one in entry["arguments"]:
+        if one["role"] in ("scratch", "zero"):
+            parts = [spelt(symbols.get(s, s), C_SIZES) for s in one["shape"]]
+            found.append((one["role"], " * ".join((*parts, "4"))))
+    return found
