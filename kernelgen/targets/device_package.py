@@ -14,6 +14,9 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.package import Arithmetic, Content, PackageError, Plan, spelt
 
+#: bytes of an element
+ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
+
 #: how C spells sizes of 64 bits
 C_SIZES = Arithmetic("{a} / {b}", "CEIL({a}, {b})", "LEAST({a}, {b})")
 
@@ -104,5 +107,5 @@ def _memory(plan: Plan, kernel: Kernel) -> list[tuple[str, str]]:
     for one in entry["arguments"]:
         if one["role"] in ("scratch", "zero"):
             parts = [spelt(symbols.get(s, s), C_SIZES) for s in one["shape"]]
-            found.append((one["role"], " * ".join((*parts, "4"))))
+            found.append((one["role"], " * ".join((*parts, str(ITEM_BYTES[one["dtype"]])))))
     return found
