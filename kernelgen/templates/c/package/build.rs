@@ -1,4 +1,7 @@
 //! Compiles the library with build.sh, or takes the one in the folder KERNELGEN_LIB_DIR.
+//!
+//! Programs find it at run time by a path in themselves, which their own build script has to give:
+//! println!("cargo:rustc-link-arg=-Wl,-rpath,{}", std::env::var("DEP_KERNELGEN_FOLDER").unwrap());
 use std::{env, path::Path, process::Command};
 
 fn main() {
@@ -13,5 +16,5 @@ fn main() {
     });
     println!("cargo:rustc-link-search=native={folder}");
     println!("cargo:rustc-link-lib=dylib=kernelgen");
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}");
+    println!("cargo:folder={folder}");
 }

@@ -11,7 +11,11 @@ export function featuresOf(device) {
 }
 
 // M as kernels tell it apart: each of the first eight, then powers of two.
-const bucket = (m) => (m <= 8 ? m : Math.min(2 ** Math.ceil(Math.log2(m)), 4096));
+const bucket = (m) => {
+  let top = 16;
+  while (top < m && top < 4096) top *= 2;
+  return m <= 8 ? m : top;
+};
 const ratio = (a, b) => Math.max(a, b) / Math.max(Math.min(a, b), 1);
 
 /**
@@ -178,7 +182,7 @@ export async function matmul(device, x, w, { precision = 'auto', features = feat
   let inputs = { x: filled(device, x, GPUBufferUsage.STORAGE) };
   for (const one of first) inputs = one.encode(encoder, inputs, { M, K });
   const parts = w.pieces(kernel).map(({ from, to, buffer: weights }) => {
-    const made = encode(encoder, { ...inputs, w: weights, y: undefined }, { M, N: to - from, K });
+    const made = encode(encoder, { ...inputs, w: weights }, { M, N: to - from, K });
     return { from, to, y: made.y };
   });
   device.queue.submit([encoder.finish()]);
