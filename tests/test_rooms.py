@@ -32,8 +32,13 @@ LEVELS = (
     ("targets.base",),
     ("targets.attention", "targets.package"),
     # what several targets share
-    ("targets.simt", "targets.simt_attention", "targets.device", "targets.emulated",
-     "targets.device_package"),
+    (
+        "targets.simt",
+        "targets.simt_attention",
+        "targets.device",
+        "targets.emulated",
+        "targets.device_package",
+    ),
     ("targets.*",),
     ("targets",),
     ("generate", "tuner"),
@@ -53,7 +58,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "device", "device_package", "emulated", "package", "printer", "simt", "simt_attention",
+    "attention", "base", "device", "device_package", "emulated", "package", "printer", "simt",
+    "simt_attention",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 
@@ -291,15 +297,15 @@ def targets_by_name(tree: Tree) -> list[str]:
 
     Names that mean nothing else ("opencl") are looked for in all text.  Others ("c", "numpy") are
     looked for as what code would compare with: a string that is exactly the name.  The emulator is
-    about languages, and knows of no target; a runtime calls a driver that has names of its own
-    (torch.cuda).
+    about languages, and knows of no target; a runtime, that of a package too, calls a driver that
+    has names of its own (torch.cuda).
     """
     wrong = []
     names = target_names(tree)
     for path, text in tree.items():
         if path == "targets/__init__.py" or path.startswith("emulator/"):
             continue
-        runs = re.fullmatch(r"targets/\w+/runtime\.py", path)
+        runs = re.fullmatch(r"targets/\w+/runtime\.py|templates/\w+/package/driver\.py\.j2", path)
         others = [] if runs else sorted(LANGUAGES - {target_of(path)})
         pattern = re.compile("|".join(others), re.IGNORECASE)
         for line, word in lines_with(text, pattern) if others else ():

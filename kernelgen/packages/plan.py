@@ -134,13 +134,15 @@ def _choices(made: _Made, walk: Walk, fmt: BlockFormat, op: str) -> list[Choice]
 
 
 def _points(made: _Made, formats: Sequence[BlockFormat]) -> dict[tuple[str, str, str], list[Point]]:
-    """What the tuner's cache has that can be used on this machine."""
+    """What the tuner's cache has that can be used on this machine, those first that go before
+    others at the same distance (see `tuner.lookup`): of the precision that was asked for, then
+    those that were measured last."""
     target = made.target
     runtime = target.runtime()
     if runtime.available() is not None:
         return {}
     known = {fmt.name: fmt for fmt in formats}
-    result: dict[tuple[str, str, str], list[Point]] = {}
+    found: dict[tuple[str, str, str], list[tuple[Any, Point]]] = {}
     for place in (None, cache.presets()):
         for entry in cache.winners(cache.entries(place)):
             key = entry.key
@@ -149,18 +151,20 @@ def _points(made: _Made, formats: Sequence[BlockFormat]) -> dict[tuple[str, str,
             if key.objective != "time" or key.max_error is not None:
                 continue
             try:
-                asked = space.Problem(known[key.format], *key.shape, key.precision)
-                choice = lookup.choose_for(target, runtime, asked)
+                problem = space.Problem(known[key.format], *key.shape, key.precision)
+                choice = lookup.choose_for(target, runtime, problem)
             except KernelgenError:
                 continue  # an entry of a shape or precision that is none any more
             if choice.entry is None or choice.entry.key.shape != key.shape:
                 continue
             name = made.add(choice.walk, known[key.format], choice.config)
-            what = (key.format, key.precision, key.op)
-            result.setdefault(what, []).append(_point(name, choice.entry))
-    for one in result.values():
-        one[:] = sorted(set(one), key=lambda p: (p.m, p.n, p.k, p.kernel))
-    return result
+            point, later = _point(name, choice.entry), [-ord(c) for c in choice.entry.time]
+            # the best of all is also the best of those that compute as it does
+            for asked in dict.fromkeys((key.precision, entry.used)):
+                rank = (asked != key.precision, later, point.m, point.n, point.k, name)
+                found.setdefault((key.format, asked, key.op), []).append((rank, point))
+    ranked = {what: sorted(some, key=lambda one: one[0]) for what, some in found.items()}
+    return {what: [*dict.fromkeys(p for _, p in some)] for what, some in ranked.items()}
 
 
 def _point(name: str, entry: Any) -> Point:
@@ -195,7 +199,5 @@ def _dispatch(target: Target, rules: Iterable[Rule]) -> str:
 
 def _rule_data(rule: Rule) -> dict[str, Any]:
     found = dataclasses.asdict(rule)
-    found["choices"] = [
-        {"m": [one.m_from, one.m_to], "kernel": one.kernel} for one in rule.choices
-    ]
+    found["choices"] = [{"m": [one.m_from, one.m_to], "kernel": one.kernel} for one in rule.choices]
     return found

@@ -12,7 +12,14 @@ from typing import Any
 
 from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import Kernel
-from kernelgen.targets.package import Arithmetic, Content, PackageError, Plan, spelt
+from kernelgen.targets.package import (
+    Arithmetic,
+    Content,
+    PackageError,
+    Plan,
+    refuse_binaries,
+    spelt,
+)
 
 #: bytes of an element
 ITEM_BYTES = {"u8": 1, "i8": 1, "f16": 2, "bf16": 2, "u32": 4, "i32": 4, "f32": 4}
@@ -28,19 +35,21 @@ class Binding:
     package   its name
     api       what people call the API
     requires  packages that it needs besides numpy, as pip takes them
-    evidence  what kernels like these were run on, in a sentence or two
-    more      further lines of the README
     """
 
     package: str
     api: str
     requires: tuple[str, ...]
-    evidence: str
-    more: tuple[str, ...] = ()
 
 
-def device_package(plan: Plan, binding: Binding) -> dict[str, Content]:
-    """Sources, README and Python package; the target adds `package/driver.py.j2`."""
+def device_package(plan: Plan, binding: Binding, binaries: str | None = None) -> dict[str, Content]:
+    """Sources, README and Python package.  The target adds, in package/: driver.py.j2; evidence.md,
+    what kernels like these were run on; files.md, what else there is.
+
+    binaries  what the README says of them; None: the target has none, and none may be asked for
+    """
+    if binaries is None:
+        refuse_binaries(plan)
     if not plan.kernels:
         raise PackageError(
             f"no kernel of target {plan.target.name} was asked for; name other formats or ops"
@@ -51,8 +60,9 @@ def device_package(plan: Plan, binding: Binding) -> dict[str, Content]:
     context: dict[str, Any] = {
         "package": binding.package, "api": binding.api, "requires": binding.requires,
         "needs": " and ".join(_plain(one) for one in binding.requires),
-        "formats": formats, "kernels": plan.kernels, "evidence": binding.evidence,
-        "more": binding.more, "folder": f"python/{binding.package}/kernels",
+        "formats": formats, "kernels": plan.kernels, "evidence": plan.render("package/evidence.md"),
+        "files": plan.render("package/files.md") + (binaries or ""),
+        "folder": f"python/{binding.package}/kernels",
     }  # fmt: skip
     root = f"python/{binding.package}"
     made: dict[str, Content] = {
@@ -74,9 +84,7 @@ def device_package(plan: Plan, binding: Binding) -> dict[str, Content]:
 
 def _plain(requirement: str) -> str:
     """The name in a requirement."""
-    return next(
-        requirement[:n] for n, c in enumerate(requirement + ">") if c in "[<>=!~; "
-    )
+    return next(requirement[:n] for n, c in enumerate(requirement + ">") if c in "[<>=!~; ")
 
 
 def c_header(plan: Plan) -> str:

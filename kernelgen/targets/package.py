@@ -94,6 +94,15 @@ class PackageError(Exception):
     """Raised by a target's package, with a sentence for the user."""
 
 
+def refuse_binaries(plan: Plan) -> None:
+    """For targets that compile nothing ahead of time.  Raises PackageError."""
+    if plan.binaries:
+        raise PackageError(
+            f"binaries for {', '.join(plan.binaries)} were asked for; packages of target"
+            f" {plan.target.name} are compiled where they are used: leave out --arch"
+        )
+
+
 # ---- expressions of sizes in other languages ----------------------------------------------------
 
 

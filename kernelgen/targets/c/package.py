@@ -12,7 +12,15 @@ from kernelgen.targets.base import Kernel
 from kernelgen.targets.c import TARGET
 from kernelgen.targets.c.compiler import HEADERS
 from kernelgen.targets.c.runtime import ISAS, Isa
-from kernelgen.targets.package import Choice, Content, PackageError, Plan, Point, Rule
+from kernelgen.targets.package import (
+    Choice,
+    Content,
+    PackageError,
+    Plan,
+    Point,
+    Rule,
+    refuse_binaries,
+)
 
 #: what the library calls the precisions that may be asked for
 _PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
@@ -31,6 +39,7 @@ def package(plan: Plan) -> dict[str, Content]:
     """The files of the library."""
     if not plan.rules and not plan.kernels:
         raise PackageError("no kernel of target c was asked for; name other formats or ops")
+    refuse_binaries(plan)
     by_isa = {isa.name: plan.defaults(isa.capabilities) for isa in ISAS}
     first = by_isa[ISAS[-1].name]
     tuned = _tuned(plan)

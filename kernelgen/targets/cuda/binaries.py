@@ -98,9 +98,7 @@ def _compile(
 ) -> tuple[str, Content]:
     file = f"{name}.{arch}.{kind}"
     # from inside the folder, so that no path of this machine gets into what is made
-    _run(
-        ["nvcc", f"-arch={arch}", f"-{kind}", *_FLAGS, *flags, "-o", file, f"{name}.cu"], folder
-    )
+    _run(["nvcc", f"-arch={arch}", f"-{kind}", *_FLAGS, *flags, "-o", file, f"{name}.cu"], folder)
     data = (folder / file).read_bytes()
     return file, data if kind == "cubin" else data.decode()
 

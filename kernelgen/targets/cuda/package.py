@@ -3,8 +3,6 @@ cupy."""
 
 from __future__ import annotations
 
-import dataclasses
-
 from kernelgen.targets.cuda import binaries
 from kernelgen.targets.device_package import Binding, c_header, device_package
 from kernelgen.targets.package import Content, PackageError, Plan
@@ -13,18 +11,6 @@ BINDING = Binding(
     package="kernelgen_cuda",
     api="CUDA",
     requires=("cupy-cuda12x>=13.3",),
-    evidence=(
-        "**Nobody has run this build on a GPU.** Kernels like these run in kernelgen's emulator, with\n"
-        "races and stray reads looked for, and nvcc compiles them for every architecture. `kernelgen\n"
-        "verify --target cuda` runs them on your device."
-    ),
-    more=(
-        "- `kernels.h` has the same for hosts in C and C++: grids, threads, shared memory, features,",
-        "  scratch memory, and the choice as a function. A kernel takes pointers, then sizes",
-        "  (`unsigned int`), in the manifest's order.",
-        "- `kernels.cu` and `kernels_exact.cu` have all kernels, as nvcc takes them; the second must be",
-        "  compiled with `-fmad=false`, as its results are bit-exact.",
-    ),
 )
 
 
@@ -35,28 +21,25 @@ def package(plan: Plan) -> dict[str, Content]:
         "kernels_exact": (binaries.unit(k for k in plan.kernels if not k.contract), False),
     }
     made, said = _binaries(plan, {name: one for name, one in units.items() if one[0]})
-    binding = dataclasses.replace(BINDING, more=(*BINDING.more, *said))
     made |= {f"{name}.cu": text for name, (text, _) in units.items()}
-    return {**device_package(plan, binding), **made, "kernels.h": c_header(plan)}
+    return {**device_package(plan, BINDING, said), **made, "kernels.h": c_header(plan)}
 
 
-def _binaries(
-    plan: Plan, units: dict[str, tuple[str, bool]]
-) -> tuple[dict[str, Content], tuple[str, ...]]:
-    """Binaries by path, and lines about them for the README."""
+def _binaries(plan: Plan, units: dict[str, tuple[str, bool]]) -> tuple[dict[str, Content], str]:
+    """Binaries by path, and what the README says of them."""
     wanted = binaries.ARCHITECTURES if plan.binaries is None else plan.binaries
     reason = binaries.why_no_compiler()
     if reason is not None and plan.binaries:
         raise PackageError(
-            f"binaries for {', '.join(wanted)} were asked for, and {reason}; install CUDA's toolkit,"
-            " or leave out --arch"
+            f"binaries for {', '.join(wanted)} were asked for, and {reason}; install CUDA's"
+            " toolkit, or leave out --arch"
         )
     if reason is not None or not wanted:
-        return {}, (f"- There are no binaries: {reason or 'none were asked for'}.",)
+        return {}, f"- There are no binaries: {reason or 'none were asked for'}.\n"
     made = binaries.binaries(units, wanted)
     said = (
-        f"- `binaries/` has what {binaries.compiler()} made of them: machine code for",
-        f"  {', '.join(wanted)}, PTX that a driver compiles for later chips, and a",
-        "  fat binary of all, as `cuModuleLoad` takes them.",
+        f"- `binaries/` has what {binaries.compiler()} made of them: machine code for\n"
+        f"  {', '.join(wanted)}, PTX that a driver compiles for later chips, and a\n"
+        "  fat binary of all, as `cuModuleLoad` takes them.\n"
     )
     return {f"binaries/{name}": data for name, data in made.items()}, said

@@ -3,7 +3,6 @@ Python package over torch."""
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import tempfile
@@ -17,16 +16,6 @@ BINDING = Binding(
     package="kernelgen_metal",
     api="Metal",
     requires=("torch>=2.7",),
-    evidence=(
-        "**Nobody has run these kernels on a Mac.** Kernels like these run in kernelgen's emulator,\n"
-        "launched through stand-ins for torch and pyobjc. `kernelgen verify --target metal` runs them\n"
-        "on your device."
-    ),
-    more=(
-        "- `kernels.h` has the same for hosts in C, Objective-C and Swift: grids, threads, and the",
-        "  choice as a function. A kernel takes buffers, then sizes (`uint`, by `setBytes`), in the",
-        "  manifest's order. Compile the sources without fast math.",
-    ),
 )
 
 #: what --arch calls the one binary there is
@@ -40,20 +29,20 @@ def package(plan: Plan) -> dict[str, Content]:
             f"{', '.join(plan.binaries)} was asked for; target metal makes {_LIBRARY} only"
         )
     made: dict[str, Content] = {}
-    said = "- There is no metallib: none was asked for."
+    said = "none was asked for"
     if plan.binaries is None or plan.binaries:
         if shutil.which("xcrun"):
             made["kernels.metallib"] = library(plan.kernels)
-            said = "- `kernels.metallib` has all kernels, compiled."
+            said = ""
         elif plan.binaries:
             raise PackageError(
                 "a metallib was asked for, and xcrun is not on the path; install Xcode on a Mac, or"
                 " leave out --arch"
             )
         else:
-            said = "- There is no metallib, as xcrun is not on the path of the machine that built this."
-    binding = dataclasses.replace(BINDING, more=(*BINDING.more, said))
-    return {**device_package(plan, binding), **made, "kernels.h": c_header(plan)}
+            said = "xcrun is not on the path of the machine that built this"
+    line = f"- There is no metallib: {said}." if said else "- `kernels.metallib` has all kernels."
+    return {**device_package(plan, BINDING, line + "\n"), **made, "kernels.h": c_header(plan)}
 
 
 def library(kernels: tuple[Kernel, ...]) -> bytes:

@@ -9,16 +9,6 @@ BINDING = Binding(
     package="kernelgen_opencl",
     api="OpenCL",
     requires=("pyopencl>=2023.1",),
-    evidence=(
-        "Kernels like these were run on OpenCL's CPU implementation PoCL, those with sub-groups and\n"
-        "integer dot products in kernelgen's emulator; this build was not run anywhere yet. `kernelgen\n"
-        "verify --target opencl` runs them on your device."
-    ),
-    more=(
-        "- `kernels.h` has the same for hosts in C and C++: grids, features, and the choice as a",
-        "  function. A kernel takes buffers and sizes (`cl_uint`) in the manifest's order; the global",
-        "  size is groups times threads.",
-    ),
 )
 
 

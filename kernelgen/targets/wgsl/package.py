@@ -14,20 +14,6 @@ BINDING = Binding(
     package="kernelgen_wgsl",
     api="WebGPU",
     requires=("wgpu>=0.22",),
-    evidence=(
-        "Kernels like these were run on a software Vulkan driver through wgpu, and in a headless\n"
-        "browser on its software device; this build was not run anywhere yet. `kernelgen verify\n"
-        "--target wgsl` runs them on your device."
-    ),
-    more=(
-        "- `index.js` is an ES module, ready for npm: `npm install ./this-folder`, then",
-        "  `import { Weights, matmul } from 'kernelgen-wgsl'`. `index.d.ts` has its types; those of",
-        "  WebGPU itself are in the package `@webgpu/types`.",
-        "- `rust/` is a crate with the sources as text, their grids, and the choice as a function, for",
-        "  hosts over wgpu. It needs the standard library only.",
-        "- naga, which is behind wgpu, refuses the line `enable subgroups;`, which browsers require:",
-        "  drivers take out exactly it.",
-    ),
 )
 
 _JS = Arithmetic("Math.floor({a} / {b})", "Math.ceil({a} / {b})", "Math.min({a}, {b})")
@@ -67,7 +53,9 @@ def _buffers(entry: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if one["role"] == "size":
             continue
         parts = [_number(symbols.get(s, s), known) for s in one["shape"]]
-        found.append((one["name"], one["role"], " * ".join((*parts, str(ITEM_BYTES[one["dtype"]])))))
+        found.append(
+            (one["name"], one["role"], " * ".join((*parts, str(ITEM_BYTES[one["dtype"]]))))
+        )
     return found
 
 
