@@ -35,7 +35,7 @@ def build_packages(
             " the target's own"
         )
     if every:
-        targets = [one for one in targets if write.offers(one, layout)]
+        targets = [one for one in targets if write.packageable(one, layout) is None]
     result: list[dict[str, Any]] = []
     for one in targets:
         start = time.perf_counter()

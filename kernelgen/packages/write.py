@@ -14,37 +14,34 @@ from kernelgen.targets.package import Content, PackageError, Plan
 LIST = "files.txt"
 
 
-def packageable(target: Target) -> str | None:
-    """Why a target has no packages, or None."""
-    if importlib.util.find_spec(f"kernelgen.targets.{target.name}.package") is None:
-        return f"target {target.name} has no packages: its files are for reading"
+def packageable(target: Target, layout: str = "") -> str | None:
+    """Why a target has no packages, in a layout, or None."""
+    if _module(target, "") is None:
+        return (
+            f"target {target.name} has no packages: its files are for reading; `kernelgen build`"
+            " without --package writes them"
+        )
+    if _module(target, layout) is None:
+        return f"target {target.name} has no packages in the layout {layout}; leave out --layout"
     return None
 
 
-def offers(target: Target, layout: str) -> bool:
-    """Whether a target has packages, in a layout."""
-    if packageable(target) is not None:
-        return False
-    module = importlib.import_module(f"kernelgen.targets.{target.name}.package")
-    return hasattr(module, layout or "package")
+def _module(target: Target, layout: str) -> str | None:
+    """The module that makes packages in a layout, by default the target's own."""
+    name = f"kernelgen.targets.{target.name}.{layout or 'package'}"
+    return name if importlib.util.find_spec(name) else None
 
 
 def contents(plan: Plan, layout: str = "") -> dict[str, Content]:
     """Every file of a package by its path.  Raises TargetError where the target cannot make it."""
-    target = plan.target
-    reason = packageable(target)
-    if reason is not None:
-        raise TargetError(f"{reason}; `kernelgen build` without --package writes them")
-    module = importlib.import_module(f"kernelgen.targets.{target.name}.package")
-    make = getattr(module, layout or "package", None)
-    if make is None:
-        raise TargetError(f"target {target.name} has no packages in the layout {layout!r}")
+    reason, name = packageable(plan.target, layout), _module(plan.target, layout)
+    if reason is not None or name is None:
+        raise TargetError(reason)
     try:
-        made: dict[str, Content] = make(plan)
+        made: dict[str, Content] = importlib.import_module(name).package(plan)
     except PackageError as error:
         raise TargetError(str(error)) from error
-    if not layout:
-        made = {"manifest.json": plan.manifest, "dispatch.json": plan.dispatch, **made}
+    made = {"manifest.json": plan.manifest, "dispatch.json": plan.dispatch, **made}
     return dict(sorted(made.items()))
 
 

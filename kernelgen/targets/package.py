@@ -7,6 +7,7 @@ target's `package.py` turns it into files.
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,12 @@ class Plan:
     def entry(self, kernel: Kernel) -> Mapping[str, Any]:
         """What the manifest says of a kernel."""
         return next(e for e in self.entries if e["entry"] == kernel.entry)
+
+    def relocated(self, files: Mapping[str, str]) -> str:
+        """The manifest of those kernels that are in `files`, by entry, with where each is."""
+        entries = [{**e, "file": files[e["entry"]]} for e in self.entries if e["entry"] in files]
+        data = {"target": self.target.name, "kernels": entries}
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
 
 class PackageError(Exception):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,11 +22,18 @@ from kernelgen.ir.ops import matmul, quantize_activations
 from kernelgen.packages import plan as planning
 from kernelgen.packages import write
 from kernelgen.problem import relative_error, rounded, size_of_sums
+from kernelgen.targets.c.compiler import find_compiler
+from kernelgen.targets.c.runtime import native_isa
 from kernelgen.targets.package import Content, Plan, Point
 from kernelgen.tensor import QuantTensor
 from kernelgen.verify import activations, random_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+#: the best that is here, and one more
+HERE = list(
+    dict.fromkeys((native_isa().name, "avx2" if "avx2" in native_isa().needs else "scalar"))
+)
 OPS = ("dequantize", "get_rows", "quantize", "cast", "matvec", "matmul", "prepare")
 PACKAGED = ("c", "opencl", "wgsl", "cuda", "metal", "triton")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
@@ -154,3 +164,32 @@ def refuses(package: Any, name: str) -> None:
             call()
         assert len(str(found.value).splitlines()) == 1
     assert package.matmul(x[:0], w).shape == (0, 3)
+
+
+# ---- commands of documents ----------------------------------------------------------------------
+
+
+def environment(**more: str) -> dict[str, str]:
+    found = find_compiler()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return os.environ | {"CC": " ".join(found.command), "ISAS": " ".join(HERE)} | more
+
+
+def run(command: str, cwd: Path, **more: str) -> str:
+    """A line of a document, in a shell."""
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=cwd, env=environment(**more), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commands(page: Path) -> list[str]:
+    """The indented lines of a page."""
+    return re.findall(r"^    (\S.*)$", page.read_text("utf-8"), re.M)
+
+
+def in_checkout(checkout: Path, command: str, **more: str) -> str:
+    return run(command, checkout, PATH=f"{checkout / 'tools'}:{os.environ['PATH']}", **more)

@@ -16,7 +16,7 @@ import pytest
 
 from kernelgen.ir import formats
 from kernelgen.tensor import QuantTensor
-from tests.packages.making import ROOT, written
+from tests.packages.making import EXAMPLES, commands, in_checkout
 from tests.test_wgsl import CHROMIUM
 
 
@@ -57,12 +57,11 @@ def in_browser(folder: Path, profile: Path, seconds: float) -> Any:
 
 
 @pytest.mark.slow
-def test_example_in_a_browser(tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    written(tmp_path, "wgsl", "q4_K")
-    shutil.copytree(tmp_path / "wgsl", site / "kernelgen-wgsl")
-    shutil.copy(ROOT / "examples" / "web" / "index.html", site)
-    found = in_browser(site, tmp_path / "profile", 300)
+def test_example_in_a_browser(checkout: Path) -> None:
+    """What its README says, but for the server."""
+    for line in commands(EXAMPLES / "web" / "README.md")[:2]:
+        in_checkout(checkout, line)
+    found = in_browser(checkout / "site", checkout / "profile", 300)
     if found.get("skipped"):
         pytest.skip(found["error"])
     assert "error" not in found, found["error"]
@@ -72,10 +71,3 @@ def test_example_in_a_browser(tmp_path: Path) -> None:
     blocks = np.array(found["bytes"], np.uint8).reshape(70, -1)
     want = QuantTensor(fmt, (70, 512), blocks).dequantize()[:2]
     np.testing.assert_allclose(np.reshape(found["values"], (2, 512)), want, rtol=1e-6)
-
-
-def test_readme_names_files_that_are_there(tmp_path: Path) -> None:
-    page = (ROOT / "examples" / "web" / "index.html").read_text("utf-8")
-    readme = (ROOT / "examples" / "web" / "README.md").read_text("utf-8")
-    assert "./kernelgen-wgsl/index.js" in page and "site/kernelgen-wgsl" in readme
-    assert (written(tmp_path, "wgsl", "q4_K") / "index.js").exists()

@@ -48,7 +48,7 @@ def package(plan: Plan) -> dict[str, Content]:
     context: dict[str, Any] = {
         "isas": ISAS, "kernels": first, "formats": formats,
         "tuned": {name: made for name, made in tuned.items() if made},
-        "beside": _beside, "stem": _stem, "given": _given, "matvec_rows": 8,
+        "beside": beside, "stem": stem, "given": _given, "matvec_rows": 8,
         "names": [n for k in (*first, *_every(tuned)) for n in _functions(k)],
         "rules": _rules(plan, tuned, {k.entry for k in first}),
         "features": sorted({name for isa in ISAS for name in isa.needs}),
@@ -87,11 +87,11 @@ _TEMPLATES = {
 }
 
 
-def _stem(kernel: Kernel) -> str:
+def stem(kernel: Kernel) -> str:
     return kernel.entry.removeprefix(TARGET.prefix)
 
 
-def _beside(kernel: Kernel) -> list[tuple[str, str]]:
+def beside(kernel: Kernel) -> list[tuple[str, str]]:
     """The functions beside a kernel that say how much memory it wants: name, parameters."""
     found = [("bytes", "int64_t N, int64_t K")] if kernel.op == "prepare" else []
     if any(one.role == "scratch" for one in kernel.arguments):
@@ -105,7 +105,7 @@ def _given(parameters: str) -> str:
 
 
 def _functions(kernel: Kernel) -> list[str]:
-    return [kernel.entry, *(f"{kernel.entry}_{what}" for what, _ in _beside(kernel))]
+    return [kernel.entry, *(f"{kernel.entry}_{what}" for what, _ in beside(kernel))]
 
 
 def _needs(isa: Isa) -> str:
@@ -150,11 +150,10 @@ def _sources(
     by_isa: Mapping[str, Iterable[Kernel]], tuned: dict[str, list[Kernel]]
 ) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Files of kernels, and for each instruction set what a shell calls those it is made of."""
-    texts = {name: {_stem(k): _source(k) for k in made} for name, made in by_isa.items()}
-    same = {
-        stem for stem in texts[ISAS[-1].name] if len({texts[name][stem] for name in texts}) == 1
-    }
-    files = {f"src/any/{stem}.c": texts[ISAS[-1].name][stem] for stem in same}
+    texts = {name: {stem(k): _source(k) for k in made} for name, made in by_isa.items()}
+    last = texts[ISAS[-1].name]
+    same = [one for one in last if len({texts[name][one] for name in texts}) == 1]
+    files = {f"src/any/{one}.c": last[one] for one in same}
     folders: dict[str, list[str]] = {}
     for isa in ISAS:
         own = f"src/{isa.capabilities.registers}_registers"
@@ -163,8 +162,8 @@ def _sources(
         for path, text in rest.items():
             assert files.setdefault(path, text) == text, path
         folders[isa.name] += [f"{own}/*.c"] * bool(rest)
-        mine = [k for k in tuned.get(isa.name, ()) if _stem(k) not in texts[isa.name]]
-        files |= {f"src/tuned_{isa.name}/{_stem(k)}.c": _source(k) for k in mine}
+        mine = [k for k in tuned.get(isa.name, ()) if stem(k) not in texts[isa.name]]
+        files |= {f"src/tuned_{isa.name}/{stem(k)}.c": _source(k) for k in mine}
         folders[isa.name] += [f"src/tuned_{isa.name}/*.c"] * bool(mine)
         tuned[isa.name] = mine
     return files, folders
@@ -228,10 +227,10 @@ def _manifest(
     entries = {e["entry"]: e for e in plan.entries}
     tuned = {k.entry: k for k in plan.kernels}
     for isa in ISAS:
-        mine = {_stem(k): k for k in by_isa[isa.name]}
+        mine = {stem(k): k for k in by_isa[isa.name]}
         for path in _listed(files, folders[isa.name]):
-            stem = path.rpartition("/")[2].removesuffix(".c")
-            kernel = mine.get(stem) or tuned.get(TARGET.prefix + stem)
+            found_as = path.rpartition("/")[2].removesuffix(".c")
+            kernel = mine.get(found_as) or tuned.get(TARGET.prefix + found_as)
             if kernel is None or path == "src/table.c":
                 continue
             one = found.setdefault(path, {
