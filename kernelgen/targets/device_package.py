@@ -73,6 +73,7 @@ def device_package(plan: Plan, binding: Binding, binaries: str | None = None) ->
         "pyproject.toml": plan.render("pyproject.toml.j2", **context),
         f"{root}/__init__.py": plan.render("init.py.j2", **context),
         f"{root}/host.py": plan.render("host.py.j2", **context),
+        f"{root}/manifest.py": plan.render("manifest.py.j2", **context),
         f"{root}/decide.py": plan.render("decide.py.j2", **context),
         f"{root}/driver.py": plan.render("package/driver.py.j2", **context),
         f"{root}/py.typed": "",
@@ -85,6 +86,34 @@ def device_package(plan: Plan, binding: Binding, binaries: str | None = None) ->
 def _plain(requirement: str) -> str:
     """The name in a requirement."""
     return next(requirement[:n] for n, c in enumerate(requirement + ">") if c in "[<>=!~; ")
+
+
+def torch_project(plan: Plan, name: str, **more: Any) -> dict[str, Content]:
+    """What projects for Hugging Face's kernel-builder share whose Python part launches kernels on
+    torch's tensors; the target adds, in huggingface/: build.toml.j2, driver.py.j2, evidence.md."""
+    if not any(k.op in ("matvec", "matmul") for k in plan.kernels):
+        raise PackageError(
+            f"no matmul of target {plan.target.name} was asked for, and the project is for these;"
+            " name more ops"
+        )
+    formats = list(dict.fromkeys(
+        k.format for k in plan.kernels if isinstance(k.subject, BlockFormat)
+    ))  # fmt: skip
+    context: dict[str, Any] = {"name": name, "formats": formats, **more}
+    context["evidence"] = plan.render("package/evidence.md")
+    root = f"torch-ext/{name}"
+    made: dict[str, Content] = {
+        path: plan.render(template, **context)
+        for path, template in {
+            "build.toml": "huggingface/build.toml.j2", "flake.nix": "flake.nix",
+            "CARD.md": "CARD.md.j2",
+            f"tests/test_{name}.py": "test_torch.py.j2",
+            f"{root}/__init__.py": "torch_host.py.j2", f"{root}/manifest.py": "manifest.py.j2",
+            f"{root}/decide.py": "decide.py.j2", f"{root}/driver.py": "huggingface/driver.py.j2",
+        }.items()
+    }  # fmt: skip
+    made |= {f"{root}/manifest.json": plan.manifest, f"{root}/dispatch.json": plan.dispatch}
+    return made | {"tests/__init__.py": ""}
 
 
 def c_header(plan: Plan) -> str:

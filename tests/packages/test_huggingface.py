@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from kernelgen import targets
-from kernelgen.ir import formats
 from kernelgen.packages import write
 from tests.packages import making
 from tests.packages.making import planned
@@ -211,9 +210,127 @@ assert y.shape == (2, 3) and not y.any()
 """
 
 
-def test_formats_of_the_project_are_known() -> None:
-    made = project("c", "q4_K", "f16")
-    text = str(made["torch-ext/kernelgen_cpu/__init__.py"])
-    for name in ("q4_K", "f16"):
-        fmt = formats.get(name)
-        assert f'"{name}": ({fmt.block}, {fmt.nbytes})' in text
+# ---- devices, emulated -----------------------------------------------------------------------
+
+EMULATED = """
+import importlib.util, sys, types
+folder, target, root, ops = sys.argv[1:]
+sys.path.insert(0, root)
+import numpy as np, torch
+from kernelgen.emulator import Emulator
+from tests.packages import making
+ops = tuple(ops.split(","))
+sources = {k.entry: k.source for k in making.planned(target, "q4_K", ops=ops).kernels}
+emulators, started = {}, []
+
+def run(entry, groups, threads, arguments, shared_bytes=0):
+    if entry not in emulators:
+        emulators[entry] = Emulator(sources[entry], target, name=entry)
+    given = []
+    for one in arguments:
+        if isinstance(one, torch.Tensor):
+            assert one.is_contiguous()
+            one = one.numpy().reshape(-1).view(np.uint8)
+        given.append(one)
+    report = emulators[entry].run(entry, groups, threads, given, shared_bytes=shared_bytes)
+    assert report.ok, report
+    started.append(entry)
+
+def load(name, path, **attributes):
+    spec = importlib.util.spec_from_file_location(
+        name, path + "/__init__.py", submodule_search_locations=[path])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    for key, value in attributes.items():
+        sys.modules[f"{name}.{key}"] = value
+    spec.loader.exec_module(module)
+    return module
+
+if target == "cuda":
+    ops = types.ModuleType("_ops")
+    ops.ops = types.SimpleNamespace(launch=lambda entry, buffers, sizes, x, y, threads, shared:
+        run(entry, (x, y), threads, [*buffers, *sizes], shared))
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.current_device = lambda: 0
+    kernel = load("of_the_hub", folder + "/torch-ext/kernelgen_cuda", _ops=ops)
+else:
+    import platform
+    platform.mac_ver = lambda: ("15.1", (), "arm64")
+    def compile_shader(source):
+        entry = next(e for e, text in sources.items() if text == source)
+        def call(*arguments, threads, group_size, arg_casts):
+            assert arg_casts == "int32" and threads[0] % group_size[0] == 0
+            run(entry, (threads[0] // group_size[0], threads[1]), group_size[0], arguments)
+        return types.SimpleNamespace(**{entry: call})
+    torch.mps.compile_shader = compile_shader
+    kernel = load("of_the_hub", folder + "/build/torch-metal")
+
+class Package:  # as the tests of packages know one
+    choose = staticmethod(kernel.choose)
+    @staticmethod
+    def Weights(name, shape, data):
+        return kernel.Weights(name, shape, torch.from_numpy(data.copy()))
+    @staticmethod
+    def matmul(x, w, precision, out):
+        out[...] = kernel.matmul(torch.from_numpy(x), w, precision).numpy()
+        return out
+
+if target == "cuda":
+    used = making.multiplies(Package, "q4_K", [(20, 18, 512)], ("int8", "fp16"))
+    assert any("wgmma" in e for e in used) and any("quantize" in e for e in started)
+else:
+    used = making.multiplies(Package, "q4_K", [(2, 18, 512)], ("auto",))
+    used |= making.multiplies(Package, "q4_K", [(20, 18, 512)], ("bf16",))
+    assert any("matrix" in e for e in used)
+w = Package.Weights("q4_K", (5, 512), making.random_blocks(making.formats.get("q4_K"), 5, 512))
+want = making.QuantTensor(making.formats.get("q4_K"), (5, 512), w.data.numpy()).dequantize()
+got = kernel.get_rows(w, torch.tensor([[4, 0], [1, 4]])).numpy()
+assert making.relative_error(got, want[[[4, 0], [1, 4]]]) < 1e-6
+assert kernel.matmul(torch.zeros(0, 512), w).shape == (0, 5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ("cuda", "metal"))
+def test_on_torch_tensors(target: str, tmp_path: Path) -> None:
+    """The project's Python part, with launches that end in the emulator."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    reason = targets.get(target).runtime("emulated").available()
+    if reason:
+        pytest.skip(reason)
+    write.write(project(target, "q4_K"), tmp_path / "project")
+    run = subprocess.run(
+        [sys.executable, "-c", EMULATED, str(tmp_path / "project"), target,
+         str(making.ROOT), ",".join(OPS)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_cuda_binding_compiles(tmp_path: Path) -> None:
+    """With torch's headers; nothing of it can be run without a GPU."""
+    import sysconfig
+
+    if importlib.util.find_spec("torch") is None or shutil.which("nvcc") is None:
+        pytest.skip("torch and nvcc are needed")
+    import torch
+
+    write.write(project("cuda", "q8_0"), tmp_path)
+    (tmp_path / "torch-ext" / "registration.h").write_text(REGISTRATION)
+    said = tomllib.loads((tmp_path / "build.toml").read_text())
+    flags = ["-std=c++20", "-DTORCH_EXTENSION_NAME=_kernelgen_cuda", "-w"]
+    root = Path(torch.__file__).parent
+    includes = [root / "include", sysconfig.get_paths()["include"], tmp_path / "torch-ext"]
+    subprocess.run(
+        ["nvcc", *flags, *(f"-I{i}" for i in includes), "-c", "-x", "cu", "-o", tmp_path / "b.o",
+         tmp_path / "torch-ext" / "torch_binding.cpp"], check=True,
+    )  # fmt: skip
+    for name, kernel in said["kernel"].items():
+        oldest = kernel.get("cuda-capabilities", ["7.5"])[0].replace(".", "")
+        (source,) = (s for s in kernel["src"] if s.endswith(".cu"))
+        more = kernel.get("cuda-flags", [])
+        subprocess.run(
+            ["nvcc", *flags, *more, f"-arch=sm_{oldest}", "-c", "-o", tmp_path / f"{name}.o",
+             tmp_path / source], check=True,
+        )  # fmt: skip

@@ -60,14 +60,14 @@ def package(plan: Plan) -> dict[str, Content]:
     files = {path.rpartition("/")[2]: path for path in made}
     made["manifest.json"] = plan.relocated({k.entry: files[f"{stem(k)}.inc"] for k in kernels})
     for path, template in {
-        "build.toml": "build.toml.j2", "flake.nix": "flake.nix", "CARD.md": "CARD.md.j2",
+        "build.toml": "build.toml.j2", "CARD.md": "CARD.md.j2",
         "torch-ext/torch_binding.cpp": "torch_binding.cpp.j2",
         "torch-ext/torch_binding.h": "torch_binding.h",
         f"torch-ext/{NAME}/__init__.py": "init.py.j2",
-        "tests/__init__.py": "nothing.py", f"tests/test_{NAME}.py": "test.py.j2",
+        f"tests/test_{NAME}.py": "test.py.j2",
     }.items():  # fmt: skip
         made[path] = plan.render(f"huggingface/{template}", **context)
-    return made
+    return made | {"flake.nix": plan.render("flake.nix"), "tests/__init__.py": ""}
 
 
 def _offered(plan: Plan, isa: Isa) -> list[Kernel]:

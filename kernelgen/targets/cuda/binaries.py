@@ -24,15 +24,15 @@ _VIRTUAL = ("compute_75", "compute_80")
 _FLAGS = ("-std=c++17", "-diag-suppress", "177")
 
 
-def unit(kernels: Iterable[Kernel]) -> str:
+def unit(kernels: Iterable[Kernel], guarded: bool = True) -> str:
     """Kernels of different entry points as one file: each in a namespace of its own, with its
-    macros gone after it, and only where the architecture has what it wants."""
+    macros gone after it, and, if `guarded`, only where the architecture has what it wants."""
     parts = []
     for number, kernel in enumerate(kernels):
         macros = dict.fromkeys(re.findall(r"^#define (\w+)", kernel.source, re.M))
         undone = "".join(f"#undef {name}\n" for name in macros)
         source = f"namespace kernel_{number} {{\n{kernel.source}\n}}\n{undone}"
-        guard = _guard(kernel)
+        guard = _guard(kernel) if guarded else ""
         parts.append(f"#if {guard}\n{source}#endif\n" if guard else source)
     return "\n".join(parts)
 
