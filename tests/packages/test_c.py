@@ -258,10 +258,14 @@ def test_example_in_opencl(checkout: Path) -> None:
     assert "kernelgen_matvec_q8_0_fp32 on" in said[-1]
 
 
-def test_commands_of_the_page_are_run() -> None:
-    """Each is of an example's README, whose lines the tests above run."""
+def test_commands_of_the_page_are_run(checkout: Path) -> None:
+    """Each is of an example's README, whose lines the tests above run, or is run here."""
     page = (ROOT / "docs" / "embedding.md").read_text("utf-8")
     starts = ("kernelgen build", "cmake", "cc ", "sh ", "pip", "python", "cargo", "mkdir")
     found = [s for s in re.findall(r"^    (\S.*)$", page, re.M) if s.startswith(starts)]
     known = {line for one in EXAMPLES.glob("*/README.md") for line in commands(one)}
-    assert len(found) >= 14 and [line for line in found if line not in known] == []
+    (new,) = (line for line in found if line not in known)
+    in_checkout(checkout, new)
+    for name in ("c", "cuda", "metal"):
+        assert (checkout / "dist" / f"{name}-huggingface" / "build.toml").exists()
+    assert len(found) >= 15
