@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -88,17 +88,22 @@ def contents(target: Target, made: list[Kernel]) -> dict[str, str]:
 
 
 def _manifest(target: Target, made: list[Kernel]) -> str:
-    entries = [_entry(k, target) for k in made]
-    data = {"target": target.name, "kernels": entries}
+    return manifest_of(target, [entry_of(k, target) for k in made])
+
+
+def manifest_of(target: Target, entries: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a manifest."""
+    data = {"target": target.name, "kernels": list(entries)}
     return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
 
-def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:
-    """What a host needs to launch a kernel, as plain data."""
+def entry_of(kernel: Kernel, target: Target, file: str = "") -> dict[str, Any]:
+    """What a host needs to launch a kernel, as plain data; `file`: where it is, if not where
+    `build` puts it."""
     return {
         "op": kernel.op, **_subject(kernel), "precision": kernel.precision,
         "walk": kernel.walk.name, "config": kernel.config.as_dict(), "hash": kernel.hash,
-        "file": file_name(kernel, target), "entry": kernel.entry,
+        "file": file or file_name(kernel, target), "entry": kernel.entry,
         "arguments": [dataclasses.asdict(a) for a in kernel.arguments],
         **_tables(kernel), "symbols": dict(kernel.walk.symbols), "launch": _launch(kernel),
         "features": _features(kernel, target),

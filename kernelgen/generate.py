@@ -32,7 +32,7 @@ def environment(target: Target) -> jinja2.Environment:
     """
     import jinja2
 
-    folders = [f"templates/{name}" for name in (target.name, *target.templates)]
+    folders = [f"templates/{name}" for name in (target.name, *target.templates, "packages")]
     loaders = [
         jinja2.PackageLoader("kernelgen", folder)
         for folder in (*folders, f"targets/{target.name}")

@@ -30,7 +30,7 @@ LEVELS = (
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
     ("targets.printer",),
     ("targets.base",),
-    ("targets.attention", "targets.driver", "targets.maps"),
+    ("targets.attention", "targets.driver", "targets.maps", "targets.package"),
     # what several targets share
     (
         "targets.simt",
@@ -38,6 +38,7 @@ LEVELS = (
         "targets.simt_maps",
         "targets.device",
         "targets.emulated",
+        "targets.device_package",
     ),
     ("targets.resident",),
     ("targets.*",),
@@ -58,6 +59,7 @@ LEVELS = (
         "demo",
         "files",
         "kv_cache",
+        "packages",
         "starter",
         "torch",
         "vectors",
@@ -70,7 +72,7 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
     "attention", "base", "printer", "maps", "simt", "simt_attention", "simt_maps", "driver",
-    "device", "emulated", "resident",
+    "device", "device_package", "emulated", "package", "resident",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 
@@ -314,15 +316,15 @@ def targets_by_name(tree: Tree) -> list[str]:
 
     Names that mean nothing else ("opencl") are looked for in all text.  Others ("c", "numpy") are
     looked for as what code would compare with: a string that is exactly the name.  The emulator is
-    about languages, and knows of no target; a runtime calls a driver that has names of its own
-    (torch.cuda).
+    about languages, and knows of no target; a runtime, that of a package too, calls a driver that
+    has names of its own (torch.cuda).
     """
     wrong = []
     names = target_names(tree)
     for path, text in tree.items():
         if path == "targets/__init__.py" or path.startswith("emulator/"):
             continue
-        runs = re.fullmatch(r"targets/\w+/runtime\.py", path)
+        runs = re.fullmatch(r"targets/\w+/runtime\.py|templates/\w+/package/driver\.py\.j2", path)
         others = [] if runs else sorted(LANGUAGES - {target_of(path)})
         pattern = re.compile("|".join(others), re.IGNORECASE)
         for line, word in lines_with(text, pattern) if others else ():

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kernelgen import api, files
+from kernelgen.cli.packaging import build_packages
 from kernelgen.cli.terminal import (
     AsJson,
     FormatNames,
@@ -21,8 +22,9 @@ from kernelgen.cli.terminal import (
     pick_ops,
     pick_targets,
     print_json,
+    split_names,
 )
-from kernelgen.errors import FormatError
+from kernelgen.errors import FormatError, TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import OPS, Target
 
@@ -48,10 +50,36 @@ def build(
             "--check", help="Write nothing; list what is not up to date, and exit with 1."
         ),
     ] = False,
+    package: Annotated[
+        bool,
+        typer.Option(
+            "--package", help="Write what hosts take as it is, without kernelgen, into --out."
+        ),
+    ] = False,
+    layout: Annotated[
+        str, typer.Option(metavar="L", help="Of packages: huggingface, or the target's own.")
+    ] = "",
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A", help="Of packages: architectures to compile for, or none."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write kernels in their default configurations."""
+    """Write kernels in their default configurations, or packages of them."""
     formats, ops = _formats_of(model, pick_formats(format)), pick_ops(op, OPS)
+    if package:
+        if check:
+            raise TargetError("--check is about sources, not packages; leave out one of the two")
+        chosen = [_assuming(one, isa) for one in pick_targets(target, isa)]
+        archs = None if arch is None else tuple(a for a in split_names(arch) if a != "none")
+        where = Path("dist") if out == Path("generated") else out
+        build_packages(
+            chosen, formats, ops, where, layout=layout, binaries=archs, every=not target,
+            as_json=as_json,
+        )  # fmt: skip
+        return
+    if layout or arch:
+        raise TargetError("--layout and --arch are about packages; give --package, too")
     result: list[dict[str, Any]] = []
     for one in pick_targets(target, isa):
         start = time.perf_counter()
