@@ -69,9 +69,12 @@ def rounded(x: Array, precision: str) -> Array:
 
 def size_of_sums(x: Array, values: Array) -> float:
     """Root mean square of x (M, K) @ values (N, K).T if all signs were random: what errors of the
-    factors are measured against.  A few results alone may be much smaller by chance."""
-    squares = np.square(x.astype(np.float64)) @ np.square(values.astype(np.float64)).T
-    return float(np.sqrt(np.mean(squares)))
+    factors are measured against.  A few results alone may be much smaller by chance.  What is not
+    finite does not count."""
+    with np.errstate(invalid="ignore"):
+        squares = np.square(x.astype(np.float64)) @ np.square(values.astype(np.float64)).T
+    finite = squares[np.isfinite(squares)]
+    return float(np.sqrt(np.mean(finite))) if finite.size else 0.0
 
 
 def relative_error(got: Array, reference: Array, size: float | None = None) -> float:

@@ -20,7 +20,8 @@ from kernelgen.ir import cells
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.cells import Bits
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
-from kernelgen.ir.expr import F32, Expr, var
+from kernelgen.ir.expr import F32, I32, Expr, const, substitute, var, walk
+from kernelgen.ir.ranges import fits, interval
 
 Array = npt.NDArray[Any]
 
@@ -28,15 +29,36 @@ CODE = "code"
 
 
 def code_index(fmt: BlockFormat, i: Expr) -> Expr:
-    """What is stored for element i: the code, or its index in the format's table."""
+    """What is stored for element i: the code, its index in the format's table, or the byte or less
+    that a float is made of."""
     code = fmt.code_expr(i)
-    return code.args[0] if code.op == "table" else code
+    if code.op == "table":
+        return code.args[0]
+    byte = _byte_of(code) if code.dtype is F32 else None
+    return code if byte is None else byte
 
 
-def code_table(fmt: BlockFormat) -> tuple[int, ...] | None:
-    """The codes by stored index, for a codebook format."""
+def code_table(fmt: BlockFormat) -> tuple[Any, ...] | None:
+    """The codes by stored index, where they are in a table, or are floats of a byte or less."""
     code = fmt.code_expr(var("i", fmt.block))
-    return code.attr if code.op == "table" else None
+    if code.op == "table":
+        return tuple(code.attr)
+    byte = _byte_of(code) if code.dtype is F32 else None
+    if byte is None:
+        return None
+    count = interval(byte)[1] + 1
+    values = evaluate(substitute(code, {byte: var("byte", count)}), {"byte": np.arange(count)})
+    return tuple(values.tolist())
+
+
+def _byte_of(code: Expr) -> Expr | None:
+    """The integer, 0..255 at most, through which alone a float depends on its block."""
+    for node in reversed(list(walk(code))):
+        if node.dtype is I32 and node.op != "const" and fits(node, 0, 255):
+            rest = substitute(code, {node: const(0, I32)})
+            if not any(one.op in ("load", "var") for one in walk(rest)):
+                return node
+    return None
 
 
 def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:

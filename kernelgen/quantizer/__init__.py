@@ -10,7 +10,7 @@ and offset, by evaluating the two expressions; one method then serves all format
    their stored type, then pick for what is stored the best of the neighbouring integers, and codes.
 
 Steps 1 and 2 are the idea of ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), step 3
-goes beyond them.  Elements lie as (group, groups), so that numpy sums whole rows at once.
+goes beyond them.  Formats with a zero point beside their scale have `zero_points`.  Elements lie as (group, groups), so that numpy sums whole rows at once.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from kernelgen.ir.encode import code_table
 from kernelgen.quantizer.fit import fitted
 from kernelgen.quantizer.floats import Convert, converter
 from kernelgen.quantizer.plan import plan_of
+from kernelgen.quantizer.zero_points import zero_point_of
+from kernelgen.quantizer.zero_points import fitted as fitted_zero
 
 Array = npt.NDArray[Any]
 
@@ -67,7 +69,12 @@ def quantize(
         convert = converter(fmt)
     else:
         _check_finite(rows)
-        convert = functools.partial(fitted, fmt, plan_of(fmt), weights)
+        zero = zero_point_of(fmt)
+        convert = (
+            functools.partial(fitted, fmt, plan_of(fmt), weights)
+            if zero is None
+            else functools.partial(fitted_zero, fmt, zero, weights)
+        )
     out = np.empty((len(rows), fmt.row_bytes(rows.shape[1])), np.uint8)
     step = max(1, CHUNK // rows.shape[1])
 
