@@ -23,6 +23,7 @@ from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
+    from kernelgen.checkpoints import Checkpoint
     from kernelgen.gguf_files import Model
 
 log = logging.getLogger("kernelgen")
@@ -45,8 +46,15 @@ def unregister_format(name: str) -> None:
     format_list.unregister(name)
 
 
-def open(path: str | os.PathLike[str]) -> Model:
-    """The tensors of a GGUF file, memory-mapped, by name."""
+def open(path: str | os.PathLike[str]) -> Model | Checkpoint:
+    """The tensors of a file by name, memory-mapped.
+
+    path  a GGUF file, a .safetensors file, or a folder of .safetensors files and their config.json
+    """
+    if os.path.isdir(path) or os.fspath(path).endswith(".safetensors"):
+        from kernelgen import checkpoints
+
+        return checkpoints.open(path)
     from kernelgen import gguf_files
 
     return gguf_files.open(path)
@@ -167,6 +175,8 @@ def matmul(
     rows = x if x.dtype == np.float32 else _as_float32(x)
     if len(shape) != 2:
         rows = rows.reshape(m, k)
+    if w.columns is not None:
+        rows = rows[:, w.columns]
     if not rows.flags.c_contiguous:
         rows = np.ascontiguousarray(rows)
     direct = out is None or out.dtype == np.float32
@@ -218,13 +228,13 @@ def get_rows(w: QuantTensor, ids: Array, *, target: str | None = None) -> Array:
     name = target or default_target()
     ids = np.asarray(ids)
     rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
-    return rows.reshape(*ids.shape, w.shape[-1])
+    return w.in_order(rows.reshape(*ids.shape, w.shape[-1]))
 
 
 def dequantize(w: QuantTensor, *, target: str | None = None) -> Array:
     """Values of w, float32, decoded by a kernel (`w.dequantize()` is the numpy reference)."""
     name = target or default_target()
-    return runtime_of(name).dequantize(kernel("dequantize", w.format, name), w)
+    return w.in_order(runtime_of(name).dequantize(kernel("dequantize", w.format, name), w))
 
 
 def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:

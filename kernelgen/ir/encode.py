@@ -201,19 +201,29 @@ def _given(name: str, ints: Mapping[str, Array], fields: Mapping[str, Array]) ->
 def scatter(flat: Array, values: Array, where: Bits) -> None:
     """Or the bits of `values` into the bytes of `flat`, many elements at a time.
 
-    Elements that put the same bits at the same place of their bytes go together; their bytes are
-    distinct, so one fancy |= serves them all.
+    Bits of one element that move equally far go together, and so do elements whose bits do.
     """
     moves: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for k in range(where.width):
-        for element, position in enumerate(where.position[:, k]):
-            moves.setdefault((k, int(position) % 8), []).append((element, int(position) // 8))
-    unsigned = values.astype(np.uint32)
-    for (bit, target), pairs in moves.items():
-        elements, bytes_ = (np.array(side) for side in zip(*pairs, strict=True))
-        # two elements of one byte cannot both have this (bit, target): positions are unique
-        set_bits = ((unsigned[:, elements] >> bit) & 1) << target
-        flat[:, bytes_] |= set_bits.astype(np.uint8)
+    for element, positions in enumerate(where.position.tolist()):
+        masks: dict[tuple[int, int], int] = {}
+        for bit, position in enumerate(positions):
+            at = (position % 8 - bit, position // 8)
+            masks[at] = masks.get(at, 0) | 1 << bit
+        for (shift, byte), mask in masks.items():
+            moves.setdefault((shift, mask), []).append((element, byte))
+    unsigned = values.astype(np.uint8 if where.width <= 8 else np.uint32)
+    for (shift, mask), pairs in moves.items():
+        # two elements cannot put the same bits into one byte: positions are unique
+        elements, bytes_ = (_run(np.array(side)) for side in zip(*pairs, strict=True))
+        bits = np.bitwise_and(unsigned[:, elements], mask)
+        bits = bits << shift if shift >= 0 else bits >> -shift
+        flat[:, bytes_] |= bits.astype(np.uint8, copy=False)
+
+
+def _run(places: Array) -> slice | Array:
+    """Places that follow one another as a slice, which numpy copies faster."""
+    start, count = int(places[0]), len(places)
+    return slice(start, start + count) if (np.diff(places) == 1).all() else places
 
 
 def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:

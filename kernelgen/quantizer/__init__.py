@@ -10,7 +10,9 @@ and offset, by evaluating the two expressions; one method then serves all format
    their stored type, then pick for what is stored the best of the neighbouring integers, and codes.
 
 Steps 1 and 2 are the idea of ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), step 3
-goes beyond them.  Formats with a zero point beside their scale have `zero_points`.  Elements lie as (group, groups), so that numpy sums whole rows at once.
+goes beyond them.  Elements lie as (group, groups), so that numpy sums whole rows at once.
+
+Formats that have a zero point beside their scale have a search of their own (`zero_points`).
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from kernelgen.ir.encode import code_table
 from kernelgen.quantizer.fit import fitted
 from kernelgen.quantizer.floats import Convert, converter
 from kernelgen.quantizer.plan import plan_of
-from kernelgen.quantizer.zero_points import zero_point_of
 from kernelgen.quantizer.zero_points import fitted as fitted_zero
+from kernelgen.quantizer.zero_points import zero_point_of
 
 Array = npt.NDArray[Any]
 
