@@ -29,6 +29,7 @@ from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
+    from kernelgen.checkpoints import Checkpoint
     from kernelgen.gguf_files import Model
 
 Array = npt.NDArray[Any]
@@ -49,8 +50,15 @@ def unregister_format(name: str) -> None:
     format_list.unregister(name)
 
 
-def open(path: str | os.PathLike[str]) -> Model:
-    """The tensors of a GGUF file, memory-mapped, by name."""
+def open(path: str | os.PathLike[str]) -> Model | Checkpoint:
+    """The tensors of a file by name, memory-mapped.
+
+    path  a GGUF file, a .safetensors file, or a folder of .safetensors files and their config.json
+    """
+    if os.path.isdir(path) or os.fspath(path).endswith(".safetensors"):
+        from kernelgen import checkpoints
+
+        return checkpoints.open(path)
     from kernelgen import gguf_files
 
     return gguf_files.open(path)
@@ -172,8 +180,9 @@ def _matmul_on_device(
     **fused: Any,
 ) -> Any:
     """`matmul` of an array that lies where the target's kernels work: the result is there, too,
-    and nothing waits for it.  NotImplemented where something is fused with it."""
-    if operands or any(one is not None for one in fused.values()):
+    and nothing waits for it.  NotImplemented where something is fused with it,
+    or columns are in another order."""
+    if operands or w.columns is not None or any(one is not None for one in fused.values()):
         return NotImplemented
     shape = tuple(x.shape)
     n, k = w.shape if len(w.shape) == 2 else not_a_matrix(w)
@@ -261,6 +270,8 @@ def matmul(
     rows = x if x.dtype == np.float32 else as_float32(x)
     if len(shape) != 2:
         rows = rows.reshape(m, k)
+    if w.columns is not None:
+        rows = rows[:, w.columns]
     if not rows.flags.c_contiguous:
         rows = np.ascontiguousarray(rows)
     direct = out is None or out.dtype == np.float32
@@ -320,7 +331,7 @@ def get_rows(
     name = target or default_target(on_fallback)
     ids = np.asarray(ids)
     rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
-    return rows.reshape(*ids.shape, w.shape[-1])
+    return w.in_order(rows.reshape(*ids.shape, w.shape[-1]))
 
 
 def dequantize(
@@ -328,7 +339,7 @@ def dequantize(
 ) -> Array:
     """Values of w, float32, decoded by a kernel (`w.dequantize()` is the numpy reference)."""
     name = target or default_target(on_fallback)
-    return runtime_of(name).dequantize(kernel("dequantize", w.format, name), w)
+    return w.in_order(runtime_of(name).dequantize(kernel("dequantize", w.format, name), w))
 
 
 def prepare(w: QuantTensor, target: str | None = None) -> QuantTensor:

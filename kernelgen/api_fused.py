@@ -126,7 +126,7 @@ def matmul(
             " function of the sum and these"
         )
     n, k = w.shape if len(w.shape) == 2 else api.not_a_matrix(w)
-    rows = _rows(x, k, w.shape)
+    rows = _ordered(_rows(x, k, w.shape), w)
     wanted = (*x.shape[:-1], n)
     given: dict[str, Array] = {}
     axes = []
@@ -141,7 +141,7 @@ def matmul(
         found, given[f"operand{i}"] = _operand(one, wanted, f"operand {i}")
         axes.append(found)
     if norm is not None:
-        given[NORM_WEIGHT] = _exactly(norm, (k,), "norm")
+        given[NORM_WEIGHT] = _ordered(_exactly(norm, (k,), "norm"), w)
     fused = _fusion(
         scale_axes, bias is not None, activation, epilogue, tuple(axes), residual is not None,
         None if norm is None else float(norm_eps),
@@ -184,7 +184,10 @@ def gated_matmul(
             f"gate is {gate.format.name} of shape {gate.shape} and up {up.format.name} of shape"
             f" {up.shape}; both have one format and one shape"
         )
-    given = {} if norm is None else {NORM_WEIGHT: _exactly(norm, (k,), "norm")}
+    if gate.columns is not up.columns and not np.array_equal(gate.columns, up.columns):
+        raise ShapeError("gate and up have their columns in different orders; multiply one by one")
+    rows = _ordered(rows, gate)
+    given = {} if norm is None else {NORM_WEIGHT: _ordered(_exactly(norm, (k,), "norm"), gate)}
     fused = _gated(activation, None if norm is None else float(norm_eps))
     name = target or api.default_target(on_fallback)
     return _run(x, rows, (*x.shape[:-1], n), given, out, name, gate.format, 2 * n, precision,
@@ -243,6 +246,11 @@ def _rows(x: Array, k: int, weights: tuple[int, ...]) -> Array:
         )
     rows = x if x.dtype == np.float32 else api.as_float32(x)
     return np.ascontiguousarray(rows.reshape(x.size // k if k else 0, k))
+
+
+def _ordered(array: Array, w: QuantTensor) -> Array:
+    """Columns in the order in which the weights have them."""
+    return array if w.columns is None else np.ascontiguousarray(array[..., w.columns])
 
 
 def _exactly(given: Any, shape: tuple[int, ...], what: str) -> Array:

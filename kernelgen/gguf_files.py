@@ -112,6 +112,11 @@ class Model(Mapping[str, QuantTensor]):
         """Bytes of all tensors, without the skipped."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
+    def listing(self) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+        """Name, shape, format and bytes of each tensor."""
+        for name, w in self._tensors.items():
+            yield name, w.shape, w.format.name, w.nbytes
+
     def __getitem__(self, name: str) -> QuantTensor:
         found = self._tensors.get(name)
         if found is not None:
@@ -393,6 +398,11 @@ def _as_tensor(name: str, given: QuantTensor | Array) -> QuantTensor:
         )
     if isinstance(given, QuantTensor):
         tensor = given
+        if tensor.columns is not None:
+            raise FormatError(
+                f"tensor {name!r} has its columns in another order, which a GGUF file cannot say;"
+                " quantize its values, w.dequantize(), again"
+            )
     else:
         array = np.asarray(given)
         kinds = {"f4": ("f32", "<f4"), "f2": ("f16", "<f2")}

@@ -35,7 +35,8 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
     eight bits or less over a block of the same length, so rounding the activations to eight bits
     by the block's largest magnitude adds less error than formats of few bits have, and about as
     much as those of eight; several times as much where a few columns of activations are far larger
-    than all others (docs/accuracy.md has figures).  Floats are multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
+    than all others (docs/accuracy.md has figures).  Floats are multiplied as floats.  "fp16" has
+    no numbers above 65504: larger ones become infinite.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")
@@ -72,9 +73,12 @@ def rounded(x: Array, precision: str) -> Array:
 
 def size_of_sums(x: Array, values: Array) -> float:
     """Root mean square of x (M, K) @ values (N, K).T if all signs were random: what errors of the
-    factors are measured against.  A few results alone may be much smaller by chance."""
-    squares = np.square(x.astype(np.float64)) @ np.square(values.astype(np.float64)).T
-    return float(np.sqrt(np.mean(squares)))
+    factors are measured against.  A few results alone may be much smaller by chance.  What is not
+    finite does not count."""
+    with np.errstate(invalid="ignore"):
+        squares = np.square(x.astype(np.float64)) @ np.square(values.astype(np.float64)).T
+    finite = squares[np.isfinite(squares)]
+    return float(np.sqrt(np.mean(finite))) if finite.size else 0.0
 
 
 def relative_error(got: Array, reference: Array, size: float | None = None) -> float:

@@ -27,6 +27,8 @@ class QuantTensor:
     data    uint8, the bytes of the blocks in C order, in an array of any shape with the right
             size; memory maps and other contiguous arrays are not copied
     name    what a file calls it, for people
+    columns  int32 (K,), a permutation of 0 ... K-1, where columns are stored in another order:
+            column j of the blocks is column columns[j] of the matrix (GPTQ's act-order)
 
     Its data is read-only: targets keep repacked copies of it.  `w[n]` and `w[a:b]` are tensors
     that share the data.  Tensors are equal when format, shape and bytes are.
@@ -35,7 +37,7 @@ class QuantTensor:
     contradiction between shape and data.
     """
 
-    __slots__ = ("__weakref__", "_data", "_format", "_prepared", "_shape", "name")
+    __slots__ = ("__weakref__", "_columns", "_data", "_format", "_prepared", "_shape", "name")
 
     name: str | None
 
@@ -45,9 +47,11 @@ class QuantTensor:
         shape: Iterable[int],
         data: Array,
         name: str | None = None,
+        columns: npt.ArrayLike | None = None,
     ) -> None:
         self._format = fmt = _as_format(format)
         self._shape = _as_shape(fmt, shape)
+        self._columns = None if columns is None else _as_columns(columns, self._shape[-1])
         self.name = name
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
             seen = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
@@ -85,6 +89,11 @@ class QuantTensor:
         return self._data
 
     @property
+    def columns(self) -> npt.NDArray[np.int32] | None:
+        """Which column of the matrix each stored column is, (K,), read-only; None: in order."""
+        return self._columns
+
+    @property
     def prepared(self) -> dict[Hashable, Any]:
         """Copies that targets repacked or uploaded, under keys of their own."""
         return self._prepared
@@ -116,8 +125,16 @@ class QuantTensor:
         if rows is not None:
             picked = self._pick(rows)
         blocks = picked.reshape(*picked.shape[:-1], k // fmt.block, fmt.nbytes)
-        values: npt.NDArray[np.float32] = fmt.decode(blocks).reshape(*picked.shape[:-1], k)
-        return values
+        return self.in_order(fmt.decode(blocks).reshape(*picked.shape[:-1], k))
+
+    def in_order(self, values: Array) -> Array:
+        """Values (..., K) of stored columns, in the order of the matrix; itself where that is the
+        same."""
+        if self._columns is None:
+            return values
+        placed = np.empty_like(values)
+        placed[..., self._columns] = values
+        return placed
 
     def row(self, n: SupportsIndex) -> QuantTensor:
         """Row n, a tensor of shape (K,) that shares the data.
@@ -126,7 +143,10 @@ class QuantTensor:
         """
         at = _index(n, self.rows, "row", self)
         flat = self._data.reshape(self.rows, self._format.row_bytes(self._shape[-1]))
-        return QuantTensor(self._format, self._shape[-1:], flat[at])
+        return self._part(self._shape[-1:], flat[at])
+
+    def _part(self, shape: tuple[int, ...], data: Array) -> QuantTensor:
+        return QuantTensor(self._format, shape, data, columns=self._columns)
 
     def __getitem__(self, key: SupportsIndex | slice) -> QuantTensor:
         """`w[n]`, or rows `w[a:b]`, along the first dimension; shares the data."""
@@ -142,9 +162,9 @@ class QuantTensor:
                     " dequantize(slice) takes any"
                 )
             shape = (max(0, stop - start), *self._shape[1:])
-            return QuantTensor(self._format, shape, self._data[start:stop])
+            return self._part(shape, self._data[start:stop])
         at = _index(key, len(self), "index", self)
-        return QuantTensor(self._format, self._shape[1:], self._data[at])
+        return self._part(self._shape[1:], self._data[at])
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -176,13 +196,14 @@ class QuantTensor:
         return (
             self._format is other._format
             and self._shape == other._shape
+            and _same(self._columns, other._columns)
             and bool(np.array_equal(self._data, other._data))
         )
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return QuantTensor, (self._format, self._shape, self._data, self.name)
+        return QuantTensor, (self._format, self._shape, self._data, self.name, self._columns)
 
     def __repr__(self) -> str:
         name = "" if self.name is None else f"{self.name!r}, "
@@ -336,6 +357,26 @@ def _as_shape(fmt: BlockFormat, given: object) -> tuple[int, ...]:
         raise ShapeError(f"the shape of a {fmt.name} tensor was given as {shape}; sizes are >= 0")
     fmt.row_bytes(shape[-1])
     return shape
+
+
+def _as_columns(given: npt.ArrayLike, k: int) -> npt.NDArray[np.int32]:
+    """`given` as a permutation of k columns."""
+    array = np.asarray(given)
+    whole = array.dtype.kind in "iu" and array.shape == (k,)
+    if not whole or not np.array_equal(np.sort(array), np.arange(k)):
+        raise ShapeError(
+            f"columns are a permutation of 0 ... {k - 1}, integers ({k},), and this array of"
+            f" {array.dtype} {array.shape} is none"
+        )
+    columns = array.astype(np.int32)
+    columns.flags.writeable = False
+    return columns
+
+
+def _same(a: Array | None, b: Array | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool(np.array_equal(a, b))
 
 
 def _index(given: Any, count: int, what: str, tensor: QuantTensor) -> int:

@@ -111,7 +111,7 @@ def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: 
     try:
         kernel = generate_walk(one, fmt, target, config)
         errors = [check(kernel, runtime, m, n, k) for m, n, k in cases(one.op, fmt)]
-        if max(errors) > bound:
+        if not all(error <= bound for error in errors):
             problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
         if one.precision == "int8" and one.op in ("matvec", "matmul"):
             added, own = int8_errors(kernel, runtime)

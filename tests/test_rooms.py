@@ -27,7 +27,7 @@ Tree = dict[str, str]
 LEVELS = (
     ("errors", "emulator"),
     ("arrays", "ir"),
-    ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files"),
+    ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files", "checkpoints"),
     ("targets.printer",),
     ("targets.base",),
     ("targets.attention", "targets.driver", "targets.maps", "targets.package"),
@@ -96,8 +96,8 @@ DRIVERS = frozenset({"Metal", "cupy", "mlx", "objc", "pyopencl", "torch", "trito
 #: modules of the IR that define the plain records of arrays which runtimes give back
 RECORDS = frozenset({"kernelgen.ir.ops"})
 
-#: besides what the user says: ggml's files have quirks of single types
-MAY_NAME_FORMATS = ("gguf_files", "gguf_reader", *LEVELS[-1])
+#: besides what the user says: files have quirks of single types
+MAY_NAME_FORMATS = ("gguf_files", "gguf_reader", "checkpoints", *LEVELS[-1])
 
 MAX_LINES = 600
 

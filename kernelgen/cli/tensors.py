@@ -241,19 +241,25 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="The file to read.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .gguf or .safetensors file, or a folder of the latter."
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Show the metadata and the tensors of a GGUF file."""
+    """Show the metadata and the tensors of a file or checkpoint."""
     model = api.open(file)
+    listing = list(model.listing())
     if as_json:
         print_json(
             {
                 "file": str(model.path),
                 "metadata": model.metadata,
                 "tensors": [
-                    {"name": name, "shape": w.shape, "format": w.format.name, "bytes": w.nbytes}
-                    for name, w in model.items()
+                    {"name": name, "shape": shape, "format": kind, "bytes": nbytes}
+                    for name, shape, kind, nbytes in listing
                 ],
                 "skipped": model.skipped,
             }
@@ -263,16 +269,17 @@ def inspect(
     for key, value in model.metadata.items():
         facts.add_row(key, _shortened(value))
     tensors = table("tensor", "shape", "format", "size", right=["size"])
-    for name, w in model.items():
-        tensors.add_row(name, _times(w.shape), w.format.name, human_bytes(w.nbytes))
+    for name, shape, kind, nbytes in listing:
+        tensors.add_row(name, _times(shape), kind, human_bytes(nbytes))
     out = console()
     out.print(facts)
     out.print(tensors)
     for name, kind in model.skipped.items():
         out.print(f"{name} is in {kind}, which kernelgen does not know", soft_wrap=True)
-    elements = sum(math.prod(w.shape) for w in model.values())
-    bits = f", {8 * model.nbytes / elements:.2f} bits an element" if elements else ""
-    out.print(f"{len(model)} tensors, {human_bytes(model.nbytes)}{bits}")
+    elements = sum(math.prod(shape) for _, shape, _, _ in listing)
+    total = sum(nbytes for *_, nbytes in listing)
+    bits = f", {8 * total / elements:.2f} bits an element" if elements else ""
+    out.print(f"{len(model)} tensors, {human_bytes(total)}{bits}")
 
 
 def _shortened(value: Any) -> str:

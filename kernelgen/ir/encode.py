@@ -20,7 +20,8 @@ from kernelgen.ir import cells
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.cells import Bits
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
-from kernelgen.ir.expr import F32, Expr, var
+from kernelgen.ir.expr import F32, I32, Expr, const, substitute, var, walk
+from kernelgen.ir.ranges import fits, interval
 
 Array = npt.NDArray[Any]
 
@@ -28,15 +29,36 @@ CODE = "code"
 
 
 def code_index(fmt: BlockFormat, i: Expr) -> Expr:
-    """What is stored for element i: the code, or its index in the format's table."""
+    """What is stored for element i: the code, its index in the format's table, or the byte or less
+    that a float is made of."""
     code = fmt.code_expr(i)
-    return code.args[0] if code.op == "table" else code
+    if code.op == "table":
+        return code.args[0]
+    byte = _byte_of(code) if code.dtype is F32 else None
+    return code if byte is None else byte
 
 
-def code_table(fmt: BlockFormat) -> tuple[int, ...] | None:
-    """The codes by stored index, for a codebook format."""
+def code_table(fmt: BlockFormat) -> tuple[Any, ...] | None:
+    """The codes by stored index, where they are in a table, or are floats of a byte or less."""
     code = fmt.code_expr(var("i", fmt.block))
-    return code.attr if code.op == "table" else None
+    if code.op == "table":
+        return tuple(code.attr)
+    byte = _byte_of(code) if code.dtype is F32 else None
+    if byte is None:
+        return None
+    count = interval(byte)[1] + 1
+    values = evaluate(substitute(code, {byte: var("byte", count)}), {"byte": np.arange(count)})
+    return tuple(values.tolist())
+
+
+def _byte_of(code: Expr) -> Expr | None:
+    """The integer, 0..255 at most, through which alone a float depends on its block."""
+    for node in reversed(list(walk(code))):
+        if node.dtype is I32 and node.op != "const" and fits(node, 0, 255):
+            rest = substitute(code, {node: const(0, I32)})
+            if not any(one.op in ("load", "var") for one in walk(rest)):
+                return node
+    return None
 
 
 def bit_positions(fmt: BlockFormat) -> Mapping[str, Bits]:
@@ -185,19 +207,29 @@ def _given(name: str, ints: Mapping[str, Array], fields: Mapping[str, Array]) ->
 def scatter(flat: Array, values: Array, where: Bits) -> None:
     """Or the bits of `values` into the bytes of `flat`, many elements at a time.
 
-    Elements that put the same bits at the same place of their bytes go together; their bytes are
-    distinct, so one fancy |= serves them all.
+    Bits of one element that move equally far go together, and so do elements whose bits do.
     """
     moves: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for k in range(where.width):
-        for element, position in enumerate(where.position[:, k]):
-            moves.setdefault((k, int(position) % 8), []).append((element, int(position) // 8))
-    unsigned = values.astype(np.uint32)
-    for (bit, target), pairs in moves.items():
-        elements, bytes_ = (np.array(side) for side in zip(*pairs, strict=True))
-        # two elements of one byte cannot both have this (bit, target): positions are unique
-        set_bits = ((unsigned[:, elements] >> bit) & 1) << target
-        flat[:, bytes_] |= set_bits.astype(np.uint8)
+    for element, positions in enumerate(where.position.tolist()):
+        masks: dict[tuple[int, int], int] = {}
+        for bit, position in enumerate(positions):
+            at = (position % 8 - bit, position // 8)
+            masks[at] = masks.get(at, 0) | 1 << bit
+        for (shift, byte), mask in masks.items():
+            moves.setdefault((shift, mask), []).append((element, byte))
+    unsigned = values.astype(np.uint8 if where.width <= 8 else np.uint32)
+    for (shift, mask), pairs in moves.items():
+        # two elements cannot put the same bits into one byte: positions are unique
+        elements, bytes_ = (_run(np.array(side)) for side in zip(*pairs, strict=True))
+        bits = np.bitwise_and(unsigned[:, elements], mask)
+        bits = bits << shift if shift >= 0 else bits >> -shift
+        flat[:, bytes_] |= bits.astype(np.uint8, copy=False)
+
+
+def _run(places: Array) -> slice | Array:
+    """Places that follow one another as a slice, which numpy copies faster."""
+    start, count = int(places[0]), len(places)
+    return slice(start, start + count) if (np.diff(places) == 1).all() else places
 
 
 def _fill_derived(fmt: BlockFormat, flat: Array, name: str, chunk: int) -> None:

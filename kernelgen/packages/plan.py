@@ -22,7 +22,8 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.problem import MATVEC_ROWS, PRECISIONS, acceptable
 from kernelgen.targets.base import Kernel, Target, Walk
 from kernelgen.targets.package import MOST_ROWS, Choice, Plan, Point, Rule
-from kernelgen.tuner import cache, lookup, space
+from kernelgen.tuner import cache, lookup
+from kernelgen.tuner.problems import MatmulProblem
 
 #: rows of activations as kernels tell them apart, with the rows that each stands for
 _FEW = tuple((m, m) for m in range(1, MATVEC_ROWS + 1))
@@ -151,7 +152,7 @@ def _points(made: _Made, formats: Sequence[BlockFormat]) -> dict[tuple[str, str,
             if key.objective != "time" or key.max_error is not None:
                 continue
             try:
-                problem = space.Problem(known[key.format], *key.shape, key.precision)
+                problem = MatmulProblem(known[key.format], *key.shape, precision=key.precision)
                 choice = lookup.choose_for(target, runtime, problem)
             except KernelgenError:
                 continue  # an entry of a shape or precision that is none any more
@@ -170,7 +171,7 @@ def _points(made: _Made, formats: Sequence[BlockFormat]) -> dict[tuple[str, str,
 def _point(name: str, entry: Any) -> Point:
     key, before = entry.key, entry.baseline.get("seconds")
     return Point(
-        key.m, key.n, key.k, name, str(key.device), key.device.family, entry.seconds,
+        *key.shape, name, str(key.device), key.device.family, entry.seconds,
         float(before) if before else None,
     )  # fmt: skip
 

@@ -11,6 +11,8 @@ and offset, by evaluating the two expressions; one method then serves all format
 
 Steps 1 and 2 are the idea of ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), step 3
 goes beyond them.  Elements lie as (group, groups), so that numpy sums whole rows at once.
+
+Formats that have a zero point beside their scale have a search of their own (`zero_points`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from kernelgen.ir.encode import code_table
 from kernelgen.quantizer.fit import fitted
 from kernelgen.quantizer.floats import Convert, converter
 from kernelgen.quantizer.plan import plan_of
+from kernelgen.quantizer.zero_points import fitted as fitted_zero
+from kernelgen.quantizer.zero_points import zero_point_of
 
 Array = npt.NDArray[Any]
 
@@ -67,7 +71,12 @@ def quantize(
         convert = converter(fmt)
     else:
         _check_finite(rows)
-        convert = functools.partial(fitted, fmt, plan_of(fmt), weights)
+        zero = zero_point_of(fmt)
+        convert = (
+            functools.partial(fitted, fmt, plan_of(fmt), weights)
+            if zero is None
+            else functools.partial(fitted_zero, fmt, zero, weights)
+        )
     out = np.empty((len(rows), fmt.row_bytes(rows.shape[1])), np.uint8)
     step = max(1, CHUNK // rows.shape[1])
 

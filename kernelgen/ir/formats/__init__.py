@@ -1,4 +1,8 @@
-"""The formats: one description each, and the list of them."""
+"""The formats: one description each, and the list of them.
+
+`FORMATS` are ggml's, and what `formats` lists by default; `families` has those of other ecosystems,
+which are known by name and made on first use.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.formats import families
 from kernelgen.ir.formats.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from kernelgen.ir.formats.floats import BF16, F16, F32
 from kernelgen.ir.formats.grids import (
@@ -45,21 +50,22 @@ _looked = False
 
 def get(name: str) -> BlockFormat:
     """The format of that name, in any case."""
-    found = _by_name.get(name.lower())
+    found = _by_name.get(name.lower()) or families.find(name)
     if found is None:
         _installed()
         found = _by_name.get(name.lower())
     if found is None:
         raise FormatError(
-            f"format {name!r} is not known; known are {', '.join(f.name for f in formats())};"
+            f"format {name!r} is not known; known are {', '.join(f.name for f in formats())}, and"
+            " families such as int4_g128 and nf4_g64 (docs/formats-in-planes.md);"
             " describe others with kernelgen.register_format"
         )
     return found
 
 
 def formats() -> tuple[BlockFormat, ...]:
-    """All formats: those that come with kernelgen, then the registered ones, those of installed
-    packages (see `ENTRY_POINTS`) included."""
+    """ggml's formats, then the registered ones, those of installed packages (see `ENTRY_POINTS`)
+    included; `families.FAMILIES` has the names of others."""
     _installed()
     return tuple(_by_name.values())
 
@@ -93,7 +99,7 @@ def _installed() -> None:
 
 def register(fmt: BlockFormat) -> BlockFormat:
     """Make a user's format known by its name to every command and target."""
-    known = _by_name.get(fmt.name.lower())
+    known = _by_name.get(fmt.name.lower()) or families.find(fmt.name)
     if known is not None and known is not fmt:
         raise FormatError(f"format {fmt.name} is already registered; choose another name")
     _by_name[fmt.name.lower()] = fmt
@@ -101,9 +107,9 @@ def register(fmt: BlockFormat) -> BlockFormat:
 
 
 def restore(written: dict[str, Any]) -> BlockFormat:
-    """The format of a description that came from another process: the registered one where that
+    """The format of a description that came from another process: the one known here where that
     is the same."""
-    known = _by_name.get(written["name"].lower())
+    known = _by_name.get(written["name"].lower()) or families.find(written["name"])
     if known is not None and known not in FORMATS and known.written() == written:
         return known
     return BlockFormat(**written)
@@ -111,6 +117,6 @@ def restore(written: dict[str, Any]) -> BlockFormat:
 
 def unregister(name: str) -> None:
     """Forget a registered format; those that come with kernelgen stay."""
-    if get(name) in FORMATS:
+    if get(name) in FORMATS or name.lower() not in _by_name:
         raise FormatError(f"format {name} comes with kernelgen and cannot be unregistered")
     del _by_name[name.lower()]
