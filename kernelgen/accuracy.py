@@ -26,7 +26,7 @@ from kernelgen.ir.ops.epilogue import RmsNorm
 from kernelgen.tensor import QuantTensor
 
 if TYPE_CHECKING:
-    from kernelgen.gguf_files import Model
+    pass
 
 Array = npt.NDArray[Any]
 
@@ -183,7 +183,10 @@ def _has_quantizer(fmt: BlockFormat) -> bool:
 
 
 def of_model(
-    target: str, model: Model, formats: Iterable[BlockFormat], asked: Iterable[str] = ()
+    target: str,
+    model: Mapping[str, QuantTensor],
+    formats: Iterable[BlockFormat],
+    asked: Iterable[str] = (),
 ) -> Iterator[Measured]:
     """Errors of products with the first rows of each matrix of a file.
 

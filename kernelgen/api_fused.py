@@ -184,7 +184,9 @@ def gated_matmul(
             f"gate is {gate.format.name} of shape {gate.shape} and up {up.format.name} of shape"
             f" {up.shape}; both have one format and one shape"
         )
-    if gate.columns is not up.columns and not np.array_equal(gate.columns, up.columns):
+    if gate.columns is not up.columns and not np.array_equal(
+        np.asarray(gate.columns), np.asarray(up.columns)
+    ):
         raise ShapeError("gate and up have their columns in different orders; multiply one by one")
     rows = _ordered(rows, gate)
     given = {} if norm is None else {NORM_WEIGHT: _ordered(_exactly(norm, (k,), "norm"), gate)}

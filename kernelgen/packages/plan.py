@@ -170,8 +170,9 @@ def _points(made: _Made, formats: Sequence[BlockFormat]) -> dict[tuple[str, str,
 
 def _point(name: str, entry: Any) -> Point:
     key, before = entry.key, entry.baseline.get("seconds")
+    m, n, k = key.shape
     return Point(
-        *key.shape, name, str(key.device), key.device.family, entry.seconds,
+        m, n, k, name, str(key.device), key.device.family, entry.seconds,
         float(before) if before else None,
     )  # fmt: skip
 
