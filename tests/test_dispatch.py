@@ -596,3 +596,11 @@ def test_torchs_stream_is_the_callers(
     assert type(y) is CudaTensor
     np.testing.assert_allclose(y.memory, product(x, w), rtol=1e-5, atol=1e-5)
     assert {getattr(s, "ptr", None) for s, _ in fake_cupy.Function.launched} == {0x5EED}
+
+
+def test_the_gpu_says_how_long_its_launches_take(gpu: Any, w: QuantTensor) -> None:
+    runtime = targets.get("cuda").runtime()
+    x = RNG.standard_normal((2, 64), np.float32)
+    found = runtime.timed(lambda: kernelgen.matmul(x, w, precision="fp32", target="cuda"))  # type: ignore[attr-defined]
+    assert found is not None and 0 < found < 60
+    assert runtime.driver().timed(lambda: None) == 0.0  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class CupyDriver:
         self._cupy = cupy
         # kernels address bytes with 32 bits
         self.largest = 2**32 - 4
+        #: begin and end of each launch, where somebody asks for them
+        self._events: list[tuple[Any, Any]] | None = None
 
     def key(self) -> Hashable:
         """The device itself."""
@@ -146,7 +148,31 @@ class CupyDriver:
         """Start a grid on the current stream."""
         function, shared_bytes = program
         arguments = (*buffers, *(np.uint32(s) for s in sizes))
+        events = self._events
+        begin = None if events is None else self._moment()
         function((groups[0], groups[1], 1), (threads, 1, 1), arguments, shared_mem=shared_bytes)
+        if events is not None:
+            events.append((begin, self._moment()))
+
+    def _moment(self) -> Any:
+        """An event that has its place in the current stream."""
+        event = self._cupy.cuda.Event()
+        event.record()
+        return event
+
+    def timed(self, call: Callable[[], None]) -> float:
+        """Seconds of the launches in a call, by events before and after each; for one thread at a
+        time."""
+        events: list[tuple[Any, Any]] = []
+        self._events = events
+        try:
+            call()
+        finally:
+            self._events = None
+        for _, end in events[-1:]:
+            end.synchronize()
+        elapsed = self._cupy.cuda.get_elapsed_time
+        return 1e-3 * float(sum(elapsed(begin, end) for begin, end in events))
 
 
 def features_of(chip: int) -> frozenset[str]:

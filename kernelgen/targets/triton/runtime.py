@@ -192,6 +192,45 @@ class TorchDriver:
             raise rejected("triton", program.kernel, message, line) from error
 
 
+class GpuDriver(TorchDriver):
+    """The same on a GPU, whose events say how long launches take."""
+
+    _events: list[tuple[Any, Any]] | None = None
+
+    def launch(
+        self,
+        program: Program,
+        groups: tuple[int, int],
+        threads: int,
+        buffers: Sequence[Buffer],
+        sizes: Sequence[int],
+    ) -> None:
+        """Start a grid."""
+        events = self._events
+        begin = None if events is None else self._moment()
+        super().launch(program, groups, threads, buffers, sizes)
+        if events is not None:
+            events.append((begin, self._moment()))
+
+    def _moment(self) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, call: Callable[[], None]) -> float:
+        """Seconds of the launches in a call, by events before and after each; for one thread at a
+        time."""
+        events: list[tuple[Any, Any]] = []
+        self._events = events
+        try:
+            call()
+        finally:
+            self._events = None
+        for _, end in events[-1:]:
+            end.synchronize()
+        return 1e-3 * float(sum(begin.elapsed_time(end) for begin, end in events))
+
+
 def _explained(error: Exception, source: str, file: str) -> tuple[str, int | None]:
     """What Triton says, and the line of the source that it says it about."""
     message = getattr(error, "error_message", None) or str(error)
@@ -297,7 +336,8 @@ def _device() -> Device:
 
 @functools.cache
 def _driver() -> TorchDriver:
-    return TorchDriver(_device())
+    found = _device()
+    return TorchDriver(found) if found.interpreted else GpuDriver(found)
 
 
 @functools.cache
