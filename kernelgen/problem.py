@@ -35,7 +35,8 @@ def choose_precision(asked: str, fmt: BlockFormat) -> str:
     eight bits or less over a block of the same length, so rounding the activations to eight bits
     by the block's largest magnitude adds less error than formats of few bits have, and about as
     much as those of eight; several times as much where a few columns of activations are far larger
-    than all others (docs/accuracy.md has figures).  Floats are multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
+    than all others (docs/accuracy.md has figures).  Floats are
+    multiplied as floats.  "fp16" has no numbers above 65504: larger ones become infinite.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")
