@@ -356,6 +356,15 @@ def test_defaults_fit(name: str) -> None:
                     assert walk.refuses(config, kind, caps) is None, (d, m, fmt, precision)
 
 
+@pytest.mark.parametrize("made", CLASSES.values(), ids=CLASSES)
+def test_what_is_smaller_ends(made: type[Config]) -> None:
+    for config in (c for c in made.space() if not c.legal(device_capabilities("mma"))):
+        smaller, count = config.smaller(), 0
+        while smaller is not None:
+            smaller, count = smaller.smaller(), count + 1
+            assert count < 12, config
+
+
 def test_reasons() -> None:
     caps = device_capabilities("mma")
     walk = walk_of("mma", "fp16", PLAIN)

@@ -261,7 +261,7 @@ class FragmentAttentionConfig(Config):
         if self.stages > 2:
             return dataclasses.replace(self, stages=self.stages - 1)
         if self.warp_rows > 16 and self.warp_keys <= 32:
-            return dataclasses.replace(self, warp_rows=16, keys=2 * self.keys)
+            return dataclasses.replace(self, warp_rows=16, keys=min(2 * self.keys, 128))
         if self.warp_keys > 16:
             return dataclasses.replace(self, keys=self.keys // 2)
         if self.key_warps > 1:
