@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -16,10 +17,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from kernelgen import targets
 from kernelgen.cli import app
 from kernelgen.errors import FormatError
+from kernelgen.files import contents, kernels
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.evaluate import evaluate
+from kernelgen.ir.expr import U32, Table, const, negate, table, var
 from kernelgen.starter import starter
 from kernelgen.vectors import RANDOM, vectors
 
@@ -90,6 +95,36 @@ def test_vectors_that_cannot_be_written(tmp_path: Path) -> None:
     result = run("vectors", "--format", "q8_0", "--out", str(blocked))
     assert result.exit_code == 1
     assert "choose another folder with --out" in result.output
+
+
+# ---- tables that are arguments -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wgsl", "triton"])
+def test_manifests_have_the_tables_that_a_host_must_give(name: str) -> None:
+    target, fmt = targets.get(name), formats.get("iq3_xxs")
+    manifest = json.loads(contents(target, list(kernels(target, [fmt])))["manifest.json"])
+    seen = set()
+    for one in manifest["kernels"]:
+        wanted = {a["name"]: a["shape"] for a in one["arguments"] if a["role"] == "table"}
+        given = one.get("tables", {})
+        assert {n: [str(len(v))] for n, v in given.items()} == wanted
+        seen.add((one["op"], bool(given)))
+    assert ("matvec", True) in seen and ("quantize", False) in seen
+    made = list(kernels(target, [formats.get("q4_0")]))
+    plain = json.loads(contents(target, made)["manifest.json"])
+    assert not any("tables" in one for one in plain["kernels"])
+
+
+def test_words_of_a_table() -> None:
+    values = Table([1, -1, 127, 0, 5])
+    index = var("n", 2)
+    words = table(values.words, index)
+    assert evaluate(words, {"n": np.arange(2)}).tolist() == [0x007FFF01, 5]
+    assert table(values.words, index) is words is pickle.loads(pickle.dumps(words))
+    assert table(values, index) is not table(Table([1.0, -1.0, 127.0, 0.0, 5.0]), index)
+    seen = evaluate(negate(const(0x01027F40, U32), const(0x00010001, U32)))
+    assert int(seen) == 0x01FE7FC0
 
 
 # ---- a file to start from ----------------------------------------------------------------------

@@ -132,6 +132,14 @@ def test_a_byte_never_holds_its_lowest_code() -> None:
         assert codes.min() == -127
 
 
+def test_what_no_decoder_expects_is_not_written() -> None:
+    """The fourth value of two bits for three, and a scale that is no number or has a sign."""
+    x = normal(16, 1024) * np.repeat([1, 1e30], 8)[:, None]
+    bits = get("tq2_0").split(quantize(x, get("tq2_0")).reshape(-1, 66))["qs"]
+    assert max((bits >> shift & 3).max() for shift in (0, 2, 4, 6)) == 2
+    assert get("nvfp4").split(quantize(x, get("nvfp4")).reshape(-1, 36))["d"].max() == 0x7E
+
+
 def test_importance_lowers_the_weighted_error() -> None:
     weights = np.random.default_rng(2).exponential(size=1024) ** 3
     for fmt in BLOCKS:

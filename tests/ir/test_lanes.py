@@ -328,6 +328,8 @@ def test_random_expressions_pack_right() -> None:
 
 
 def _unmasked(expr: Expr, lane: Expr) -> Expr:
+    if lanes.depends_on(expr.args[1], lane):
+        return lanes._pack_shift_right(expr, lane)
     return lanes._pack(expr.args[0], lane) >> expr.args[1]
 
 
