@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kernelgen.torch
-from kernelgen.bench import busy, compare
+from kernelgen.bench import busy, compare, sample_matrix
+from kernelgen.ir import formats
 from kernelgen.targets.c.runtime import threads
 
 F = torch.nn.functional
@@ -89,7 +90,10 @@ def rows_of(
     plain = Block(dim).eval().requires_grad_(False)
     half = copy.deepcopy(plain).bfloat16()
     quantized = copy.deepcopy(plain)
-    kernelgen.torch.replace_linears(quantized, fmt)
+    for name, layer in list(quantized.named_children()):
+        if isinstance(layer, torch.nn.Linear):  # what the weights are changes no time
+            w = sample_matrix(formats.get(fmt), layer.out_features, layer.in_features)
+            setattr(quantized, name, kernelgen.torch.QuantLinear.from_tensor(w))
     blocks = {"float32": plain, "bfloat16": half, fmt: quantized}
     for m in rows:
         x = torch.randn(1, m, dim)

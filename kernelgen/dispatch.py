@@ -310,6 +310,7 @@ def _foreign(
 
     given = {key: inside(one) for key, one in kwargs.items()}
     result = function(*map(inside, args), **given)
+    share_cores(name)
     out = kwargs.get("out")
     if out is not None and result is given["out"]:
         _fill(out, result)
@@ -338,6 +339,18 @@ def _resident(target: str) -> Any:
         return None
     driver = runtime.driver()
     return driver if isinstance(driver, Resident) else None
+
+
+_sharing = threading.local()
+
+
+def share_cores(target: str) -> None:
+    """After a call whose arrays are of a library that computes with threads of its own: kernels on
+    the same cores are not to keep these while it does.  Each thread of the caller says so once."""
+    if not hasattr(_sharing, target):
+        share = getattr(runtime_of(target), "share_cores", None)
+        if share is None or share():
+            setattr(_sharing, target, True)
 
 
 def takes(target: str, array: Any) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 import kernelgen
+from kernelgen import dispatch
 from kernelgen.errors import FormatError, KernelgenError, ShapeError
 from kernelgen.ir.ops import quantize_activations
 from kernelgen.problem import relative_error
@@ -232,6 +235,34 @@ def test_what_was_repacked_goes_with_the_layer(layer: Any) -> None:
     assert held._held[key].weights.prepared
     del made
     assert key not in held._held
+
+
+def test_threads_of_kernels_leave_the_cores_to_torch(layer: Any) -> None:
+    """They sleep when they have nothing to do; each thread that calls sees to it for its own."""
+    runtime: Any = kernelgen.api.runtime_of("c")
+    if dispatch.decide(1).target != "c" or "KMP_BLOCKTIME" in os.environ:
+        pytest.skip("the c target does not serve, or the user has decided")
+    found: dict[str, int] = {}
+
+    def ask(name: str, call: Any) -> None:
+        with torch.no_grad():
+            call()
+        library = next(iter(runtime._programs.values())).library
+        if hasattr(library, "kmp_get_blocktime") and hasattr(dispatch._sharing, "c"):
+            found[name] = library.kmp_get_blocktime()
+
+    x = torch.ones(1, 512)
+    calls = {
+        "layer": lambda: layer(x),
+        "tensor": lambda: kernelgen.matmul(x, layer.tensor),
+    }
+    for name, call in calls.items():
+        thread = threading.Thread(target=ask, args=(name, call))
+        thread.start()
+        thread.join()
+    if not found:
+        pytest.skip("this compiler's OpenMP is not LLVM's")
+    assert found == {"layer": 0, "tensor": 0}
 
 
 # ---- its state ------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kernelgen import api, api_attention
-from kernelgen.dispatch import target_for
+from kernelgen.dispatch import share_cores, target_for
 from kernelgen.errors import KernelgenError, ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
@@ -55,7 +55,9 @@ def _matmul(x: Any, blocks: Any, format: str, columns: int, precision: str) -> A
             return api.matmul(x, w, precision=precision)
     # numpy's way in, as the general one for arrays of any library costs as much as a small matmul
     rows = x.detach() if x.dtype == torch.float32 else x.detach().float()
-    y = _plain_matmul(rows.numpy(), w, target=target_for(_CPU, None), precision=precision)
+    target = target_for(_CPU, None)
+    y = _plain_matmul(rows.numpy(), w, target=target, precision=precision)
+    share_cores(target)
     result = torch.from_numpy(y)
     return result if x.dtype == torch.float32 else result.to(x.dtype)
 

@@ -188,6 +188,18 @@ class CRuntime:
         """What results here are worth."""
         return "run"
 
+    def share_cores(self) -> bool:
+        """Have the threads that run kernels of the calling thread sleep as soon as they have
+        nothing to do, where LLVM's OpenMP would have them spin for 0.2 s and take the cores from
+        another library's threads.  Whether that is settled: not before a kernel was loaded."""
+        if "KMP_BLOCKTIME" in os.environ:  # the user has decided
+            return True
+        for program in self._programs.values():
+            with contextlib.suppress(AttributeError):  # another compiler's OpenMP, or none
+                program.library.kmp_set_blocktime(0)
+            return True
+        return False
+
     def capabilities(self) -> Capabilities:
         """Lanes and registers of the instruction set."""
         return self.isa.capabilities
