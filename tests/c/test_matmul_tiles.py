@@ -3,6 +3,7 @@ everywhere in plain C, which stands in for the instructions."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,8 @@ from kernelgen.generate import generate_walk
 from kernelgen.ir import formats
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import Runtime, Walk
-from kernelgen.targets.c.runtime import isa_named
+from kernelgen.targets.c.compiler import HEADERS, find_compiler
+from kernelgen.targets.c.runtime import isa_named, native_isa
 from kernelgen.verify import check
 from tests.c.machines import ALL_FORMATS, find_clang, here
 from tests.c.programs import ProgramRuntime
@@ -63,6 +65,34 @@ def test_a_cpu_with_tiles_takes_them() -> None:
     assert style("matvec", "q4_K", "int8", with_tiles) == ""
     assert style("matmul", "q4_K", "int8", without) == ""
     assert target.walk("matmul", formats.get("q4_K"), "int8").config is RowTileConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ("", 1),
+        ("-mamx-int8 -mamx-bf16", 1),  # tiles alone: vectors do not round to bfloat16
+        ("-march=x86-64-v4 -mamx-int8 -mamx-bf16", 1),
+        ("-march=x86-64-v4 -mamx-int8 -mavx512bf16", 1),
+        ("-march=x86-64-v4 -mamx-int8 -mamx-bf16 -mavx512bf16", 0),
+        ("-march=sapphirerapids", 0),
+        ("-march=sapphirerapids -DKERNELGEN_SCALAR", 1),
+    ],
+)
+def test_words_follow_the_flags(options: str, plain: int) -> None:
+    """Also flags that nobody would give: those of the words must all be there."""
+    found = find_compiler()
+    if isinstance(found, str) or "x86_64" not in native_isa().machines:
+        pytest.skip("no compiler for x86 here")
+    check = f'#include "words_tiles.h"\n#if {plain} != !defined(tile_load)\n#error words\n#endif\n'
+    kernel = generate_walk(WALKS[0], formats.get("q8_0"), targets.get("c"))
+    command = [*found.command, "-std=gnu11", "-Werror", "-fsyntax-only", "-xc", "-"]
+    for text in (check, kernel.source):
+        done = subprocess.run(
+            [*command, f"-I{HEADERS}", *options.split()], input=text, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 # ---- everything -------------------------------------------------------------------------------

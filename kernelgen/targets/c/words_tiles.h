@@ -18,7 +18,8 @@ enum { TILE = 16, TILE_BYTES = 1024, TILE_STRIDE = 64 };
 // The half of a float32 that bfloat16 is, cut off.
 INLINE f32v upper(f32v x) { return (f32v)((u32v)x & 0xFFFF0000u); }
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && LANES == 16
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) \
+    && defined(__AVX512DQ__) && LANES == 16
 #include "words_amx.h"
 #else
 
