@@ -608,12 +608,12 @@ print(layer(torch.ones(1, 32)).sum().item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
-    [WGSL + COMPILE, pytest.param("import kernelgen.torch\n" + WGSL + COMPILE,
-                                  marks=pytest.mark.slow)],
+    [WGSL + COMPILE, "import kernelgen.torch\n" + WGSL + COMPILE],
     ids=["driver first", "torch first"],
-)  # fmt: skip
+)
 def test_torch_compile_beside_another_llvm(program: str) -> None:
     """torch.compile loads Triton, which must not call the driver's LLVM."""
     reason = kernelgen.targets.get("wgsl").runtime().available()
