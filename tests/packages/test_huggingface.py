@@ -78,6 +78,35 @@ def test_layout(target: str) -> None:
         compile(str(made[name]), name, "exec")
 
 
+def test_metal_variant_is_complete(tmp_path: Path) -> None:
+    """Its digests are those of its files, all of them."""
+    write.write(project("metal", "q8_0"), tmp_path)
+    variant = tmp_path / "build" / "torch-metal"
+    said = json.loads((variant / "metadata.json").read_text())
+    there = {p.relative_to(variant).as_posix(): p for p in variant.rglob("*") if p.is_file()}
+    del there["metadata.json"]
+    assert said["digest"]["files"] == {
+        name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+        for name, path in there.items()
+    }
+    assert said["id"].isidentifier() and said["backend"] == {"type": "metal"}
+
+
+def test_huggingface_reads_it(tmp_path: Path) -> None:
+    """The parsers of its own package, where that is installed."""
+    if importlib.util.find_spec("kernels") is None:
+        pytest.skip("kernels is not installed; pip install kernels")
+    from kernels import _rust as theirs  # type: ignore[import-not-found, unused-ignore]
+
+    for target, backend in PROJECTS.items():
+        write.write(project(target, "q8_0"), tmp_path / target)
+        (found,) = theirs.Build.open(tmp_path / target).general.backends
+        assert str(found).lower().endswith(backend)
+    variant = tmp_path / "metal" / "build" / "torch-metal"
+    said = theirs.Metadata.read_from_file(variant / "metadata.json")
+    said.digest.validate(theirs.Digest.hash_variant(theirs.DigestAlgorithm.SHA256, variant))
+
+
 def test_other_targets_have_none() -> None:
     for target in ("opencl", "wgsl", "triton", "numpy"):
         assert write.packageable(targets.get(target), "huggingface") is not None
@@ -145,7 +174,7 @@ def metadata(variant: Path, name: str, general: dict[str, Any]) -> dict[str, Any
     }
     return {
         "name": general["name"], "id": name, "version": general["version"],
-        "license": general["license"], "backend": {"type": "cpu"},
+        "license": general["license"], "python-depends": [], "backend": {"type": "cpu"},
         "digest": {"algorithm": "sha256", "files": digests},
     }  # fmt: skip
 
@@ -322,6 +351,11 @@ def test_cuda_binding_compiles(tmp_path: Path) -> None:
     flags = ["-std=c++20", "-DTORCH_EXTENSION_NAME=_kernelgen_cuda", "-w"]
     root = Path(torch.__file__).parent
     includes = [root / "include", sysconfig.get_paths()["include"], tmp_path / "torch-ext"]
+    macros = Path("c10/cuda/impl/cuda_cmake_macros.h")
+    if not (root / "include" / macros).exists():  # a build of torch without CUDA lacks this one
+        (tmp_path / "more" / macros).parent.mkdir(parents=True)
+        (tmp_path / "more" / macros).write_text("#pragma once\n")
+        includes.append(tmp_path / "more")
     subprocess.run(
         ["nvcc", *flags, *(f"-I{i}" for i in includes), "-c", "-x", "cu", "-o", tmp_path / "b.o",
          tmp_path / "torch-ext" / "torch_binding.cpp"], check=True,

@@ -35,7 +35,7 @@ def package(plan: Plan) -> dict[str, Content]:
     whole = hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:7]
     metadata = {
         "name": NAME.replace("_", "-"), "id": f"_{NAME}_metal_{whole}", "version": 0,
-        "license": "Apache-2.0", "backend": {"type": "metal"},
+        "license": "Apache-2.0", "python-depends": [], "backend": {"type": "metal"},
         "digest": {"algorithm": "sha256", "files": digests},
     }  # fmt: skip
     made |= {f"build/torch-metal/{path}": text for path, text in variant.items()}
