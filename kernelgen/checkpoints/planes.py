@@ -190,7 +190,7 @@ def _read_file(path: Path) -> tuple[dict[str, Plane], dict[str, str]]:
     if path.exists() and not path.is_file():
         raise FileError(f"{path} is not a regular file; name a .safetensors file on disk")
     try:
-        with safetensors.safe_open(path, framework="numpy"):
+        with safetensors.safe_open(path, framework="np"):
             pass  # the header is sound: all tensors lie in the file, and none on another
         data = np.memmap(path, np.uint8, "r").view(np.ndarray)
     except FileNotFoundError:
