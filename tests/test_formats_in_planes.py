@@ -248,6 +248,7 @@ SAMPLE = {
     ),
     "c": (("uint4_g64", "nf4_g64"), ("matvec",)),
     "opencl": (("hqq3_g32",), ("dequantize", "get_rows")),
+    "triton": (("nf4_g64",), ("dequantize",)),
 }
 #: seconds in an emulator or interpreter are many: one of each shape of description there
 EVERYWHERE = ("uint3_g32", "int8_g32", "hqq4_g64_f32", "nf4_g64", "fp8_e4m3_g128", "mxfp6_e2m3",
