@@ -7,9 +7,10 @@
     g_idx     int32 (K,), may be absent                        the group of each column
 
 A value is scales * (code - zero).  In files of GPTQ's first version zero points are stored less
-one: 15 stands for 16 (AutoGPTQ: nn_modules/qlinear).  GPTQModel calls
-the second version gptq_v2.  The eight nibbles of AWQ's words are columns 0 2 4 6 1 3 5 7 (AutoAWQ:
-utils/packing_utils.py).  Both multiply in fp16; here the product is exact in float32.
+one: 15 stands for 16 (as AutoGPTQ's newer layers have it; in its older ones it wraps to 0).
+GPTQModel calls the second version gptq_v2.  The eight nibbles of AWQ's words are columns 0 2 4 6 1
+3 5 7 (AutoAWQ: utils/packing_utils.py).  Both multiply in fp16; here the product is exact in
+float32.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +18,7 @@ from kernelgen.ir.formats.families import group_of
 from kernelgen.tensor import QuantTensor
 
 #: elements that are unpacked at once
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 
 Codes = Callable[[slice], Array]
 
@@ -41,11 +43,16 @@ class Groups:
         rows = math.prod(shape[:-1])
         data = np.empty((rows, fmt.row_bytes(k)), np.uint8)
         step = max(32, _CHUNK // k // 32 * 32)  # a word has at most 32 rows
-        for start in range(0, rows, step):
+
+        def make(start: int) -> None:
             part = slice(start, min(start + step, rows))
             codes = self.codes(part).reshape(-1, fmt.block)
             fields = {one: a[part].reshape(len(codes), -1) for one, a in self.fields.items()}
             data[part] = encode(fmt, codes, {}, fields).reshape(data[part].shape)
+
+        make(0)  # what is found out about the format is found out once
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(make, range(step, rows, step)))
         return QuantTensor(fmt, shape, data, name, self.columns)
 
 

@@ -14,6 +14,7 @@ from kernelgen.cli.packaging import build_packages
 from kernelgen.cli.terminal import (
     AsJson,
     FormatNames,
+    Names,
     OpNames,
     TargetNames,
     Variant,
@@ -25,6 +26,7 @@ from kernelgen.cli.terminal import (
     split_names,
 )
 from kernelgen.errors import FormatError, TargetError
+from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import OPS, Target
 
@@ -38,7 +40,7 @@ def build(
     op: OpNames = None,
     model: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.gguf", help="Only the formats of this file's matrices."),
+        typer.Option(metavar="FILE", help="Only the formats of this file's matrices."),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the folders of the targets are made.")
@@ -66,7 +68,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Write kernels in their default configurations, or packages of them."""
-    formats, ops = _formats_of(model, pick_formats(format)), pick_ops(op, OPS)
+    formats, ops = _formats_of(model, format), pick_ops(op, OPS)
     if package:
         if check:
             raise TargetError("--check is about sources, not packages; leave out one of the two")
@@ -121,15 +123,18 @@ def _assuming(target: Target, variant: str) -> Target:
     return dataclasses.replace(target, capabilities=target.runtime(variant).capabilities())
 
 
-def _formats_of(model: Path | None, wanted: list[BlockFormat]) -> list[BlockFormat]:
+def _formats_of(model: Path | None, format: Names) -> list[BlockFormat]:
     """The formats of a file's matrices, as far as they are wanted."""
+    wanted = pick_formats(format)
     if model is None:
         return wanted
     tensors = api.open(model)
     for name, kind in tensors.skipped.items():
         complain(f"{model}: tensor {name} is in {kind}, which kernelgen does not know: left out")
-    used = {w.format for w in tensors.values() if len(w.shape) > 1}
-    found = [fmt for fmt in wanted if fmt in used]
+    listing = tensors.listing()
+    used = dict.fromkeys(format_list.get(kind) for _, shape, kind, _ in listing if len(shape) > 1)
+    # those of families are not among the formats that are there by default
+    found = [fmt for fmt in dict.fromkeys(wanted if format else [*wanted, *used]) if fmt in used]
     if not found:
         has = ", ".join(fmt.name for fmt in used) or "no matrices of known formats"
         raise FormatError(

@@ -49,7 +49,7 @@ _SAMPLE_FORMAT = "q4_K"
 
 #: widths of the columns of `verify`, whose rows are printed as they come
 _COLUMNS = {
-    "target": 8, "how": 10, "format": 10, "op": 20, "precision": 11, "error": 10, "allowed": 10,
+    "target": 8, "how": 10, "format": 16, "op": 20, "precision": 11, "error": 10, "allowed": 10,
     "int8 adds": 11, "format has": 12,
 }  # fmt: skip
 

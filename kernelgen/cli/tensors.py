@@ -15,6 +15,7 @@ import typer
 from kernelgen import api
 from kernelgen.cli.terminal import AsJson, console, print_json, progress_bar, table
 from kernelgen.errors import FileError, KernelgenError, ShapeError
+from kernelgen.gguf_files import Metadata
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.tensor import QuantTensor, human_bytes
@@ -72,7 +73,10 @@ class Quantized:
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A .gguf file or a .npy array.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help="A .gguf file, a .npy array, or what holds safetensors."),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     format: Annotated[str, typer.Option("--format", metavar="F", help="The format to store in.")],
     importance: Annotated[
@@ -147,7 +151,8 @@ def _read(path: Path, name: str) -> tuple[list[Source], Mapping[str, Any]]:
     sources = [
         Source(key, w.shape, w.format.name, w.nbytes, w.dequantize, w) for key, w in model.items()
     ]
-    return sources, model.metadata
+    # the config of a checkpoint is no metadata of a GGUF file
+    return sources, model.metadata if isinstance(model.metadata, Metadata) else {}
 
 
 def _array_source(array: Array, name: str, path: Path) -> Source:

@@ -217,11 +217,11 @@ def _problems(
     if model is not None:
         if shape:
             raise ShapeError("a model and --shape were given; a model has its own: leave out one")
-        wanted = set(pick_formats(format))
+        wanted = {fmt.name for fmt in pick_formats(format)} if format else None
         matrices: set[tuple[BlockFormat, int, int]] = {
-            (w.format, w.shape[-2], w.shape[-1])
-            for w in api.open(model).values()
-            if len(w.shape) > 1 and w.format in wanted
+            (format_list.get(kind), shape[-2], shape[-1])
+            for _, shape, kind, _ in api.open(model).listing()
+            if len(shape) > 1 and (wanted is None or kind in wanted)
         }
         if not matrices:
             raise ShapeError(f"{model} has no matrices of the formats asked for")

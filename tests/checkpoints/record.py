@@ -152,7 +152,7 @@ def compressed(name: str, rows: int = 16, k: int = 128, **options: Any) -> Case:
     else:
         grouped = w.reshape(1, 1, -1) if args.strategy == "tensor" else w.reshape(rows, -1, size)
     scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
-    _, high = calculate_range(args, "cpu")
+    high = calculate_range(args, "cpu")[1]
     if name.startswith("mx"):
         scale = torch.exp2(torch.ceil(torch.log2(grouped.abs().amax(-1) / high)))
     if args.strategy == "tensor":

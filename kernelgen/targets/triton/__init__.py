@@ -216,7 +216,7 @@ def _pairs(config: Config) -> str | None:
 def _rows(op: str, count: str) -> Walk:
     def launch(config: Config, fmt: BlockFormat) -> Launch:
         assert isinstance(config, ProgramRowsConfig)
-        elements = groups_of(config.elements, fmt) * fmt.group
+        elements = groups_of(config.elements, fmt) * (1 if fmt.float_codes else fmt.group)
         groups = (f"-(-{count} // {config.rows})", f"-(-K // {elements})")
         return Launch(groups, _threads(config))
 
