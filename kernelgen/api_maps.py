@@ -90,7 +90,8 @@ def outputs(
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """New arrays, or those given, and what kernels fill of them."""
     wanted = [(o, shape) for o in kind.outputs]
-    wanted += [(o, shape[:-1]) for o in (kind.results if isinstance(kind, Rows) else ())]
+    results = kind.results if isinstance(kind, Rows) else ()
+    wanted += [(o, (*shape[:-1], *([o.of] if o.of > 1 else []))) for o in results if o.place == 0]
     if out is None:
         made = tuple(np.empty(size, numpy_dtype(o.dtype)) for o, size in wanted)
     else:
@@ -142,8 +143,11 @@ def run(
             " 2^31 are allowed"
         )
     run = _runner(target or api.default_target(), kind)
-    same, results = set(shared), set() if isinstance(kind, Map) else {o.name for o in kind.results}
-    flat = {k: a.reshape(m) if k in results else a.reshape(m, n) for k, a in outputs.items()}
+    same, each = set(shared), {o.name for o in kind.outputs}
+    flat = {
+        name: a.reshape(m, n) if name in each else a.reshape(m, *([-1] * (a.size > m)))
+        for name, a in outputs.items()
+    }
     step = max(1, _PIECE // max(1, n))
     if step >= m:
         run(arrays, m, n, flat)
