@@ -11,6 +11,7 @@ import typer
 
 from kernelgen import api, files
 from kernelgen.cli.terminal import (
+    OF_ARRAYS,
     AsJson,
     FormatNames,
     OpNames,
@@ -52,6 +53,8 @@ def build(
 ) -> None:
     """Write kernels in their default configurations."""
     formats, ops = _formats_of(model, pick_formats(format)), pick_ops(op, OPS)
+    if not op and (format or model):  # formats alone were asked for
+        ops = tuple(one for one in ops if one not in OF_ARRAYS)
     result: list[dict[str, Any]] = []
     for one in pick_targets(target, isa):
         start = time.perf_counter()

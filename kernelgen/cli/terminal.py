@@ -31,6 +31,9 @@ from kernelgen.targets.base import Target
 
 Names = list[str] | None
 
+#: ops whose kernels are about arrays, not about a format
+OF_ARRAYS = ("map", "rows")
+
 #: options that several commands have; each may be repeated, or given a list with commas
 TargetNames = Annotated[
     Names, typer.Option("--target", metavar="T", help="Targets; all that are known by default.")
