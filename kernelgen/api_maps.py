@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -312,6 +313,10 @@ def _natural(value: Expr, types: list[str]) -> str:
     return "u32" if value.dtype is U32 else "i32"
 
 
+#: what kernels call values of their own
+_TAKEN = re.compile(r"(each|kept|same)_|(stored|of_row|array)\d|.*_(row|col|here|all|run|word\d+)$")
+
+
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     found = inspect.signature(function).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -320,7 +325,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
             "a map was asked for of a function without, or with special, parameters; it takes one"
             " for each array"
         )
-    return tuple(p.name for p in found)
+    return tuple(
+        f"array{n}" if _TAKEN.match(p.name) or not p.name.isascii() else p.name
+        for n, p in enumerate(found)
+    )
 
 
 def map(function: Callable[..., Any], *, dtype: Any = None, name: str = "") -> MapFunction:
@@ -337,4 +345,6 @@ def map(function: Callable[..., Any], *, dtype: Any = None, name: str = "") -> M
     Results may be written into an input (`out=`) that is contiguous and has their type.
     """
     label = name or getattr(function, "__name__", "")
-    return MapFunction(function, label if label.isidentifier() else "map", dtype)
+    return MapFunction(
+        function, label if label.isidentifier() and label.isascii() else "map", dtype
+    )
