@@ -262,6 +262,7 @@ def test_a_million_conversions(target: str, dtype: str) -> None:
 # ---- configurations, files, refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["c", "opencl"])
 def test_configurations_agree(target: str) -> None:
     """Also results that are written past the caches, whole or from an odd address on."""
