@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ def outputs(
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """New arrays, or those given, and what kernels fill of them."""
     wanted = [(o, shape) for o in kind.outputs]
-    wanted += [(o, shape[:-1]) for o in (kind.results if isinstance(kind, Rows) else ())]
+    results = kind.results if isinstance(kind, Rows) else ()
+    wanted += [(o, (*shape[:-1], *([o.of] if o.of > 1 else []))) for o in results if o.place == 0]
     if out is None:
         made = tuple(np.empty(size, numpy_dtype(o.dtype)) for o, size in wanted)
     else:
@@ -142,8 +144,11 @@ def run(
             " 2^31 are allowed"
         )
     run = _runner(target or api.default_target(), kind)
-    same, results = set(shared), set() if isinstance(kind, Map) else {o.name for o in kind.results}
-    flat = {k: a.reshape(m) if k in results else a.reshape(m, n) for k, a in outputs.items()}
+    same, each = set(shared), {o.name for o in kind.outputs}
+    flat = {
+        name: a.reshape(m, n) if name in each else a.reshape(m, *([-1] * (a.size > m)))
+        for name, a in outputs.items()
+    }
     step = max(1, _PIECE // max(1, n))
     if step >= m:
         run(arrays, m, n, flat)
@@ -308,6 +313,10 @@ def _natural(value: Expr, types: list[str]) -> str:
     return "u32" if value.dtype is U32 else "i32"
 
 
+#: what kernels call values of their own
+_TAKEN = re.compile(r"(each|kept|same)_|(stored|of_row|array)\d|.*_(row|col|here|all|run|word\d+)$")
+
+
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     found = inspect.signature(function).parameters.values()
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -316,7 +325,10 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
             "a map was asked for of a function without, or with special, parameters; it takes one"
             " for each array"
         )
-    return tuple(p.name for p in found)
+    return tuple(
+        f"array{n}" if _TAKEN.match(p.name) or not p.name.isascii() else p.name
+        for n, p in enumerate(found)
+    )
 
 
 def map(function: Callable[..., Any], *, dtype: Any = None, name: str = "") -> MapFunction:
@@ -333,4 +345,6 @@ def map(function: Callable[..., Any], *, dtype: Any = None, name: str = "") -> M
     Results may be written into an input (`out=`) that is contiguous and has their type.
     """
     label = name or getattr(function, "__name__", "")
-    return MapFunction(function, label if label.isidentifier() else "map", dtype)
+    return MapFunction(
+        function, label if label.isidentifier() and label.isascii() else "map", dtype
+    )

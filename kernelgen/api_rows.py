@@ -357,8 +357,10 @@ def topk(x: Any, k: int, *, target: str | None = None) -> tuple[Array, Array]:
     call = _Call(x)
     element = call.rows("x", x)
     whole = element[ROW, COL].dtype is not F32
-    found = call.run(rows.topk(element, k, dtype="i32" if whole else _float_type(x, None)), target)
-    return np.stack(found[::2], axis=-1), np.stack(found[1::2], axis=-1)
+    kind = rows.topk(element, k, dtype="i32" if whole else _float_type(x, None))
+    largest, places = call.run(kind, target)
+    shape = (*x.shape[:-1], k)
+    return largest.reshape(shape), places.reshape(shape)
 
 
 def rope(

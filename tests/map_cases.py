@@ -159,10 +159,10 @@ def _rope(neighbours: bool) -> Callable[..., Array]:
     )
 
 
-def top(x: Array, k: int) -> tuple[Array, ...]:
+def top(x: Array, k: int) -> tuple[Array, Array]:
     order = np.argsort(-x, axis=-1, kind="stable")[:, :k]
     found = np.take_along_axis(x, order, -1)
-    return tuple(a for n in range(k) for a in (found[:, n], order[:, n].astype(np.float64)))
+    return found, order.astype(np.float64)
 
 
 def rounded(dtype: str) -> Callable[[Array], Array]:
@@ -182,5 +182,5 @@ WANTED: dict[str, Callable[..., Any]] = {
     "rms_norm_residual": lambda x, weight, other: (rms_norm(x + other, weight), x + other),
     "layer_norm": layer_norm, "sum": lambda x: x.sum(-1), "max": lambda x: x.max(-1),
     "min": lambda x: x.min(-1), "argmax": lambda x: x.argmax(-1).astype(np.float64),
-    "top3": lambda x: top(x, 3),
+    "top8": lambda x: top(x, 8),
 }  # fmt: skip

@@ -73,6 +73,15 @@ def test_a_function_is_traced_once_for_arrays_of_a_kind() -> None:
     assert len(traced) == 2
 
 
+def test_any_name_will_do() -> None:
+    """Also those of kernels' own values, of languages' words, and of other alphabets."""
+    function = kernelgen.map(
+        lambda stored0, x_row, row, float, λ: stored0 + x_row * row - float * λ
+    )
+    got = function(X, Y, W, B, np.float32(2))
+    np.testing.assert_allclose(got, X + Y * W - B * np.float32(2), rtol=1e-5, atol=1e-6)
+
+
 BROADCASTS: tuple[tuple[Any, Any], ...] = (
     (X, W), (X, X[:, :1]), (X, X[..., :1]), (X[:, 0], X[0, 0]), (X.T, Y.T), (X[::2, :, ::3], 2.5),
     (X[:, ::-1], Y), (X[0, 0, 0], Y), (X.transpose(1, 0, 2), Y[:1].transpose(1, 0, 2)),

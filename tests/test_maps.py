@@ -44,12 +44,12 @@ Array = npt.NDArray[Any]
 RUN = ("numpy", "c", "opencl", "wgsl")
 OTHERS = tuple(name for name in VARIANTS if name not in RUN)
 #: of the library, what has something of its own: few enough to be emulated every time
-SOME = ("gelu", "rope_neighbours", "softmax_mask", "rms_norm_residual", "top3")
+SOME = ("gelu", "rope_neighbours", "softmax_mask", "rms_norm_residual", "top8")
 
 
 def width(name: str, n: int) -> int:
-    """Columns: the library's rotary positions are of one size, and its top-k of 3 or more."""
-    return library.HEAD_DIM if name.startswith("rope") else max(n, 3 * (name == "top3"), 1)
+    """Columns: the library's rotary positions are of one size, and its top-k of 8 or more."""
+    return library.HEAD_DIM if name.startswith("rope") else max(n, 8 * (name == "top8"), 1)
 
 
 def test_the_library_is_what_is_tested() -> None:
@@ -262,6 +262,7 @@ def test_a_million_conversions(target: str, dtype: str) -> None:
 # ---- configurations, files, refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["c", "opencl"])
 def test_configurations_agree(target: str) -> None:
     """Also results that are written past the caches, whole or from an odd address on."""

@@ -12,6 +12,7 @@ import typer
 from kernelgen import api, files
 from kernelgen.cli.packaging import build_packages
 from kernelgen.cli.terminal import (
+    OF_ARRAYS,
     AsJson,
     FormatNames,
     Names,
@@ -69,6 +70,8 @@ def build(
 ) -> None:
     """Write kernels in their default configurations, or packages of them."""
     formats, ops = _formats_of(model, format), pick_ops(op, OPS)
+    if not op and (format or model):  # formats alone were asked for
+        ops = tuple(one for one in ops if one not in OF_ARRAYS)
     if package:
         if check:
             raise TargetError("--check is about sources, not packages; leave out one of the two")

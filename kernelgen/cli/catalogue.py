@@ -14,6 +14,7 @@ from kernelgen import api
 from kernelgen import targets as target_list
 from kernelgen.cli import dispatching, stages
 from kernelgen.cli.terminal import (
+    OF_ARRAYS,
     AsJson,
     FormatNames,
     Names,
@@ -37,9 +38,7 @@ from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import OPS, Kernel, Target
 from kernelgen.verify_epilogue import KINDS
 
-#: ops whose kernels are about arrays, not about a format
-_OF_ARRAYS = ("map", "rows")
-_OF_FORMATS = tuple(op for op in OPS if op not in _OF_ARRAYS)
+_OF_FORMATS = tuple(op for op in OPS if op not in OF_ARRAYS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def list_kernels(
         if not as_json:
             _print_cells(one, formats, cells, unavailable)
         if not format:  # what is not about formats
-            maps = [cell for op in _OF_ARRAYS for cell in _map_cells(one, op, how, unavailable)]
+            maps = [cell for op in OF_ARRAYS for cell in _map_cells(one, op, how, unavailable)]
             result += maps
             if not as_json:
                 _print_maps(maps)
@@ -171,7 +170,7 @@ def _map_cells(target: Target, op: str, how: str, unavailable: str | None) -> li
 
 def _print_maps(cells: list[Cell]) -> None:
     """A line for each op."""
-    for op in _OF_ARRAYS:
+    for op in OF_ARRAYS:
         some = [cell for cell in cells if cell.op == op]
         how = " ".join(dict.fromkeys(cell.how for cell in some))
         console().print(f"  {op}, {how}: {', '.join(cell.format for cell in some)}")
@@ -250,7 +249,7 @@ def show(
     """Print the source of a kernel, or the stages of the IR behind it."""
     op, manifest = pick_op(op, OPS), target_list.get(target)
     out = console()
-    if op in _OF_ARRAYS:
+    if op in OF_ARRAYS:
         made = _map_kernel(op, format, manifest, _parsed(config))
     else:
         fmt = format_list.get(format)

@@ -32,6 +32,9 @@ from kernelgen.verify_epilogue import KINDS
 
 Names = list[str] | None
 
+#: ops whose kernels are about arrays, not about a format
+OF_ARRAYS = ("map", "rows")
+
 #: options that several commands have; each may be repeated, or given a list with commas
 TargetNames = Annotated[
     Names, typer.Option("--target", metavar="T", help="Targets; all that are known by default.")

@@ -271,18 +271,19 @@ class DeviceRuntime:
                 for one, a in zip(ins, arrays.values(), strict=True)
             }
             results = {}
-            for argument, one in filled:  # each row begins with a whole number of the kernel's
-                line = outputs[one.name][:1].nbytes
+            for argument, one in filled:  # each row, or result of a row, begins with a word
+                lines = outputs[one.name].reshape(-1, n if one in kind.outputs else 1)
                 unit = ITEM_BYTES[argument.dtype]
-                results[one.name] = np.empty((m, -(-line // unit) * unit), np.uint8)
+                width = -(-lines[:1].nbytes // unit) * unit
+                results[one.name] = np.empty((len(lines), width), np.uint8)
                 buffers[argument.name] = driver.empty(results[one.name].nbytes)
             self._check_size([*arrays.values(), *results.values()])
             launcher(buffers, sizes)
             for argument, one in filled:
                 found, out = results[one.name], outputs[one.name]
                 driver.download(buffers[argument.name], found)
-                line = out[:1].nbytes
-                out.reshape(m, -1)[...] = found[:, :line].copy().view(out.dtype)
+                lines = out.reshape(len(found), -1)
+                lines[...] = found[:, : lines[:1].nbytes].copy().view(out.dtype)
 
         return run
 

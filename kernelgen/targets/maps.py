@@ -40,8 +40,8 @@ def passes_of(kind: Kind) -> tuple[tuple[Reduction, ...], ...]:
 
 
 def written(kind: Kind) -> tuple[Output, ...]:
-    """All that is written."""
-    return (*kind.outputs, *per_row(kind))
+    """Arrays that are written: of results of a row that share one, the first."""
+    return (*kind.outputs, *(one for one in per_row(kind) if one.place == 0))
 
 
 def stride_names(kind: Kind) -> tuple[str, ...]:
@@ -60,7 +60,12 @@ def arguments(
     """Arrays, then sizes; `dtype` says what a target calls the storage of elements."""
     ins = (Argument(one.name, "in", dtype(one.storage.name), ("...",)) for one in kind.inputs)
     outs = (Argument(o.name, role, dtype(stored_type(o)), SIZES) for o in kind.outputs)
-    results = (Argument(o.name, role, dtype(stored_type(o)), SIZES[:1]) for o in per_row(kind))
+    results = (
+        Argument(
+            o.name, role, dtype(stored_type(o)), ("ROWS",) if o.of == 1 else ("ROWS", str(o.of))
+        )
+        for o in written(kind)[len(kind.outputs) :]
+    )
     sizes = (Argument(name, "size", size) for name in (*SIZES, *stride_names(kind)))
     return (*ins, *outs, *results, *sizes)
 
@@ -268,7 +273,10 @@ def about(kind: Kind) -> tuple[str, ...]:
     lines = [f"{one.name}: {one.dtype}, strides {one.strides}" for one in kind.inputs]
     for one in kind.reductions if isinstance(kind, Rows) else ():
         lines.append(f"{one.name} = {one.kind} over a row of {brief(one.value)}")
-    return (*lines, *(f"{o.name}: {o.dtype} = {brief(o.value)}" for o in written(kind)))
+    every = (
+        (f"{o.name} {o.place}" if o.of > 1 else o.name, o) for o in (*kind.outputs, *per_row(kind))
+    )
+    return (*lines, *(f"{name}: {o.dtype} = {brief(o.value)}" for name, o in every))
 
 
 def wrapped(head: str, text: str, indent: int) -> str:

@@ -96,7 +96,7 @@ class Rows:
     inputs      arrays that expressions read
     reductions  in their order; a value may use results of those before it
     outputs     for each element, (ROWS, COLUMNS), in ROW, COL, inputs and results
-    results     for each row, (ROWS,), in ROW, inputs and results
+    results     for each row, (ROWS,) or (ROWS, `of`), in ROW, inputs and results
     label       what it is called in names; a hash of the expressions always follows
 
     A `named` node is a value that a walk may compute once for each element and keep until later.
@@ -114,8 +114,8 @@ class Rows:
                 f"{len(self.reductions)} reductions and {len(self.outputs + self.results)} outputs"
                 " were given; a row reduction needs one of each at least"
             )
-        written = (*self.outputs, *self.results)
-        check_names(self.inputs, [*(o.name for o in written), *(r.name for r in self.reductions)])
+        arrays = (*self.outputs, *(one for one in self.results if one.place == 0))
+        check_names(self.inputs, [*(o.name for o in arrays), *(r.name for r in self.reductions)])
         if "col" in reads_of(o.value for o in self.results):
             raise ShapeError("a result of a whole row was made of single elements; reduce them")
 
@@ -127,14 +127,14 @@ class Rows:
         types = "_".join(dict.fromkeys(kinds))
         parts: list[object] = [(i.name, i.dtype, i.strides) for i in self.inputs]
         parts += [x for r in self.reductions for x in (r.name, r.kind, r.value)]
-        parts += [x for o in written for x in (o.name, o.dtype, o.value)]
+        parts += [x for o in written for x in (o.name, o.dtype, o.value, o.place)]
         return f"{self.label}_{types}_{digest(len(self.outputs), *parts)}"
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that its author chose, of arrays."""
         written = (*self.outputs, *self.results)
-        return (*(i.name for i in self.inputs), *(o.name for o in written))
+        return tuple(dict.fromkeys((*(i.name for i in self.inputs), *(o.name for o in written))))
 
     @property
     def passes(self) -> tuple[tuple[Reduction, ...], ...]:
@@ -224,10 +224,12 @@ def evaluate_rows(
         per_row[one.name] = found
         known[one.name] = np.repeat(found, columns)
     result = {one.name: whole(one.stored) for one in kind.outputs}
+    parts: dict[str, list[Array]] = {}
     known |= per_row | {"row": np.arange(rows), "col": np.zeros(rows, np.int32)}
     for out in kind.results:
         value = evaluate(out.stored, known, fields).reshape(-1)
-        result[out.name] = np.broadcast_to(value, rows)
+        parts.setdefault(out.name, []).append(np.broadcast_to(value, rows))
+    result |= {k: p[0] if len(p) == 1 else np.stack(p, axis=-1) for k, p in parts.items()}
     return result
 
 
@@ -371,7 +373,7 @@ def topk(x: Tensor, count: int, *, dtype: str = "f32") -> Rows:
     """The `count` largest elements of each row and their columns, i32, from the largest down: a
     pass for each, and one for its place, so it is for few.  Of equal ones the first comes first.
 
-    A row has `count` columns at least.  Outputs are value0, place0, value1, ...
+    A row has `count` columns at least.  Results are `largest` and `places`, (rows, count).
     """
     row = Row()
     value = x[ROW, COL]
@@ -379,10 +381,11 @@ def topk(x: Tensor, count: int, *, dtype: str = "f32") -> Rows:
     results: list[Output] = []
     left: Expr | None = None
     for n in range(count):
-        best = row._add("max", key if left is None else where(left, key, LEAST), f"largest{n}")
+        best = row._add("max", key if left is None else where(left, key, LEAST), f"best{n}")
         here = equal(key, best) if left is None else equal(key, best) & left
         place = row.first(here, f"at{n}")
         found = of_sort_key(best) if value.dtype is F32 else best
-        results += [Output(f"value{n}", dtype, found), Output(f"place{n}", "i32", place)]
+        results.append(Output("largest", dtype, found, n, count))
+        results.append(Output("places", "i32", place, n, count))
         left = (key < best) | (equal(key, best) & (place < COL))
     return row.done((x,), results=tuple(results), label=f"top{count}")

@@ -117,11 +117,17 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Output:
-    """What a kernel writes: `value`, in the place of the element, as elements of a type."""
+    """What a kernel writes: `value`, in the place of the element, as elements of a type.
+
+    place, of   of a whole row: which element of how many that the row has in the array; such
+                elements have outputs of their own, with the name of the array
+    """
 
     name: str
     dtype: str
     value: Expr
+    place: int = 0
+    of: int = 1
 
     @property
     def storage(self) -> Storage:
