@@ -144,7 +144,7 @@ INLINE f32v blend_f32(i32v condition, f32v a, f32v b) {
 
 // An entry of a table for each row.
 #define gather(table, index) \
-    _Generic((table)[0], float: gather_f32, int32_t: gather_i32, uint8_t: gather_u8, \
+    _Generic((table)[0], float: gather_f32, int32_t: gather_i32, uint32_t: gather_u32, uint8_t: gather_u8, \
              int8_t: gather_i8)(table, index)
 #define GATHER(name, entry, vector)                             \
     INLINE vector name(const entry *table, i32v index) {        \
@@ -154,6 +154,17 @@ INLINE f32v blend_f32(i32v condition, f32v a, f32v b) {
     }
 GATHER(gather_f32, float, f32v)
 GATHER(gather_i32, int32_t, i32v)
+#if LANES == 16
+INLINE u32v gather_u32(const uint32_t *table, i32v index) {
+    return (u32v)_mm512_i32gather_epi32((__m512i)index, table, 4);
+}
+#elif LANES == 8
+INLINE u32v gather_u32(const uint32_t *table, i32v index) {
+    return (u32v)_mm256_i32gather_epi32((const int *)table, (__m256i)index, 4);
+}
+#else
+GATHER(gather_u32, uint32_t, u32v)
+#endif
 GATHER(gather_u8, uint8_t, i32v)
 GATHER(gather_i8, int8_t, i32v)
 
@@ -172,6 +183,9 @@ INLINE u32v spread(u32v x, int bits) {
     return (x & mask) | ((x >> bits) & mask) << 8 | ((x >> 2 * bits) & mask) << 16
            | ((x >> 3 * bits) & mask) << 24;
 }
+// The bytes of x, at most 127 and not 0, negated where those of `bits` are 1 and not 0: ~x + 1, which
+// leaves no byte.
+INLINE u32v negate_bytes(u32v x, u32v bits) { return (x ^ bits * 255u) + bits; }
 // The same for single bits: the product puts copies of the four at distances of 7.
 INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 
