@@ -160,6 +160,7 @@ class Walk:
                last, whoever gives them
     style      tells it, in names, from other walks of the same op and precision
     kind       type of the subject
+    least_rows rows of activations, or queries, from which it is a good choice where nobody measured
     fits       why a configuration that is legal by itself does not fit a subject, or None
     buffers    arguments with blocks, where there is not one `w`: for each its template gets a
                printer of expressions that fetch from it, such as memory_k
@@ -185,6 +186,7 @@ class Walk:
     operands: Callable[[Any], tuple[Argument, ...]] = lambda subject: ()
     style: str = ""
     kind: type = BlockFormat
+    least_rows: int = 0
     fits: Callable[[Config, Any, Capabilities], str | None] = lambda *_: None
     buffers: tuple[str, ...] = ()
     norms: bool = False
@@ -485,11 +487,13 @@ class Target:
         precision: str = "",
         caps: Capabilities | None = None,
         style: str = "",
+        rows: int | None = None,
     ) -> Walk:
         """The first walk of this target for an op, a subject and a precision whose features a
         device has; without a device (`caps`), those assumed here are preferred, but no condition.
-        With `style`, the one of that name."""
+        With `style`, the one of that name; with `rows`, those that are for more come last."""
         reasons = []
+        for_more: list[Walk] = []
         first = [] if caps else [w for w in self.walks if not self.capabilities.lacks(w.features)]
         for one in (*first, *self.walks):
             if one.op != op or (precision and one.precision and one.precision != precision):
@@ -497,9 +501,14 @@ class Target:
             if style and one.style != style:
                 continue
             reason = one.accepts(subject) or (caps.lacks(one.features) if caps else None)
-            if reason is None:
+            if reason is None and rows is not None and one.least_rows > rows:
+                for_more.append(one)
+            elif reason is None:
                 return one
-            reasons.append(reason)
+            else:
+                reasons.append(reason)
+        if for_more:
+            return for_more[0]
         asked = f"{op} {subject.name}" + (f" in {precision}" if precision else "")
         why = "; ".join(reasons) or "it has no such walk"
         offers = sorted({w.op + (f" ({w.precision})" if w.precision else "") for w in self.walks})
@@ -507,13 +516,21 @@ class Target:
             f"target {self.name} cannot do {asked}: {why}; it offers {', '.join(offers)}"
         )
 
-    def serve(self, op: str, subject: Subject, asked: str, caps: Capabilities) -> Walk:
-        """The first walk that serves a precision that is asked for (`kernelgen.problem`)."""
+    def serve(
+        self,
+        op: str,
+        subject: Subject,
+        asked: str,
+        caps: Capabilities,
+        rows: int | None = None,
+    ) -> Walk:
+        """The first walk that serves a precision that is asked for (`kernelgen.problem`), and so
+        many rows."""
         first, *others = acceptable(asked, subject)
         try:
-            return self.walk(op, subject, first, caps)
+            return self.walk(op, subject, first, caps, rows=rows)
         except TargetError:
             for other in others:
                 with contextlib.suppress(TargetError):
-                    return self.walk(op, subject, other, caps)
+                    return self.walk(op, subject, other, caps, rows=rows)
             raise

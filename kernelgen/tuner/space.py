@@ -89,8 +89,9 @@ def default(target: Target, caps: Capabilities, problem: Problem) -> Candidate:
     measured, "auto" stands for float32."""
     unsure = problem.precision == "auto" and problem.max_error is not None
     asked = "fp32" if unsure else problem.precision
-    one = target.serve(problem.op, problem.subject, asked, caps)
-    return Candidate(one, one.default(problem.subject, caps, row_bucket(problem.rows)))
+    rows = row_bucket(problem.rows)
+    one = target.serve(problem.op, problem.subject, asked, caps, rows)
+    return Candidate(one, one.default(problem.subject, caps, rows))
 
 
 def refusal(candidate: Candidate, subject: Subject, caps: Capabilities) -> str | None:

@@ -120,6 +120,8 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         ),
         symbols=_SYMBOLS,
         features=("matrix",) * tiles,
+        # up to 16 they gain nothing (docs/performance.md)
+        least_rows=32 if tiles else 0,
         applies=integers if precision == "int8" else lambda fmt: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
