@@ -33,12 +33,16 @@ from kernelgen.generate import generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import library
+from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.steps import code_word
 from kernelgen.problem import PRECISIONS, choose_precision
 from kernelgen.targets.base import OPS, Kernel, Target
 from kernelgen.verify_epilogue import KINDS
 
-_OF_FORMATS = tuple(op for op in OPS if op not in OF_ARRAYS)
+_OF_FORMATS = tuple(op for op in OPS if op not in (*OF_ARRAYS, "attention_combine"))
+
+#: elements of a head
+_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,21 @@ class Cell:
     reason: str | None
 
 
+def _subject(op: str, fmt: BlockFormat) -> BlockFormat | Attention:
+    """What a kernel of an op about this format is specialized for: of attention, keys and values in
+    it, of heads of the usual size."""
+    if op != "attention":
+        return fmt
+    return Attention(fmt.block if _HEAD_DIM % fmt.block else _HEAD_DIM, fmt, fmt)
+
+
 def _cell(target: Target, op: str, fmt: BlockFormat, how: str, unavailable: str | None) -> Cell:
     walks = [walk for walk in target.walks if walk.op == op]
-    refusals = {walk.name: walk.accepts(fmt) for walk in walks}
+    subject = _subject(op, fmt)
+    refusals = {walk.name: walk.accepts(subject) for walk in walks}
     offers = list(dict.fromkeys(w.precision for w in walks if refusals[w.name] is None))
     able = [walk for walk in walks if refusals[walk.name] is None]
-    notes = [note for walk in able for note in generate_walk(walk, fmt, target).notes]
+    notes = [note for walk in able for note in generate_walk(walk, subject, target).notes]
     reason = unavailable
     if not offers:
         reason = next(filter(None, refusals.values()), "it has no walk for this op")
