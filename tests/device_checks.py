@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,6 +36,26 @@ SAMPLE = tuple(
         ("q4_K", "q6_K", "q4_0", "q5_0", "mxfp4", "iq4_nl", "f16", "iq2_xs", "tq1_0"),
     )
 )
+
+#: formats that take long, of whose kind SAMPLE has one
+LONG = (
+    "iq1_s",
+    "iq1_m",
+    "iq2_xxs",
+    "iq2_s",
+    "iq3_xxs",
+    "iq3_s",
+    "iq4_xs",
+    "nvfp4",
+    "tq2_0",
+    "q1_0",
+)
+
+
+def most_slow(fmts: Iterable[BlockFormat]) -> list[Any]:
+    """Formats as parameters of a test, the long ones marked slow."""
+    return [pytest.param(one, marks=pytest.mark.slow) if one.name in LONG else one for one in fmts]
+
 
 #: names that languages, templates and helpers use themselves; two fields at odd addresses
 AWKWARD = BlockFormat(

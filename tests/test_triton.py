@@ -56,6 +56,7 @@ from kernelgen.targets.triton.steps import (
 )
 from kernelgen.tensor import QuantTensor
 from kernelgen.verify import sample_weights, verify
+from tests.device_checks import most_slow
 from tests.ir.strategies import FIELDS, IX, POINTS, STORED, U, bools, ints, value
 from tests.made_up import THREE_BITS
 from tests.test_numpy_target import ODD, edge_blocks, finite_blocks, same_bits
@@ -148,7 +149,7 @@ def test_every_format_is_verified(fmt: BlockFormat) -> None:
 
 
 @pytest.mark.parametrize("layout", ["native", "planes"])
-@pytest.mark.parametrize("fmt", EVERY, ids=name_of)
+@pytest.mark.parametrize("fmt", most_slow(EVERY), ids=name_of)
 def test_decoding_is_exact(fmt: BlockFormat, layout: str) -> None:
     w = QuantTensor(fmt, (5, 8 * fmt.block), edge_blocks(fmt))
     kernel = generate("dequantize", fmt, TARGET, config(fmt, "dequantize", layout=layout))

@@ -63,7 +63,7 @@ def test_native_layout(fmt: BlockFormat) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fmt", formats.FORMATS, ids=name)
+@pytest.mark.parametrize("fmt", checks.most_slow(formats.FORMATS), ids=name)
 def test_all_formats_in_all_layouts(fmt: BlockFormat, layout: str) -> None:
     checks.passes_with(TARGET, fmt, every_case=True, layout=layout)
 
