@@ -647,3 +647,20 @@ def test_benchmarks_run(file: str, options: str, says: str) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
+
+
+def test_columns_in_another_order_stay_with_the_layer() -> None:
+    """GPTQ's act-order: the layer permutes what it is given, and its state says how."""
+    rng = np.random.default_rng(9)
+    plain = kernelgen.quantize(rng.standard_normal((24, 64), np.float32), "q8_0")
+    order = rng.permutation(64)
+    w = kernelgen.QuantTensor("q8_0", plain.shape, plain.data, columns=order)
+    x = torch.from_numpy(rng.standard_normal((3, 64), np.float32))
+    layer = kt.QuantLinear.from_tensor(w, precision="fp32")
+    want = x @ torch.from_numpy(w.dequantize()).T
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+    assert layer.tensor == w
+    torch.testing.assert_close(layer.weight, torch.from_numpy(w.dequantize()))
+    fresh = kt.QuantLinear(64, 24, "q8_0", bias=False, precision="fp32")
+    fresh.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(fresh(x), layer(x))

@@ -49,6 +49,8 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
         self.precision = precision
         shape = (out_features, fmt.row_bytes(in_features))
         self.register_buffer("blocks", torch.zeros(shape, dtype=torch.uint8, device=device))
+        # of weights whose columns are stored in another order (`QuantTensor.columns`)
+        self.register_buffer("columns", None)
         self.bias = (
             torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
             if bias
@@ -65,6 +67,8 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
         n, k = w.shape
         made = cls(k, n, w.format, False, precision, device="meta")
         made.blocks = torch.from_numpy(np.array(w.data)).to(device)
+        if w.columns is not None:
+            made.columns = torch.from_numpy(w.columns.astype(np.int64)).to(device)
         if bias is not None:
             if tuple(bias.shape) != (n,):
                 raise ShapeError(f"a bias of shape {tuple(bias.shape)} was given for {n} rows")
@@ -97,6 +101,7 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Any) -> Any:
         """(..., K) to (..., N)."""
+        x = x if self.columns is None else x.index_select(-1, self.columns)
         y = apply(x, self.blocks, self.quant_format.name, self.in_features, self.precision)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -104,7 +109,8 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
     def tensor(self) -> QuantTensor:
         """The weights as a `QuantTensor`, on the host; on the CPU it shares the memory."""
         shape = (self.out_features, self.in_features)
-        return QuantTensor(self.quant_format, shape, self.blocks.cpu().numpy())
+        order = None if self.columns is None else self.columns.cpu().numpy()
+        return QuantTensor(self.quant_format, shape, self.blocks.cpu().numpy(), columns=order)
 
     @property
     def weight(self) -> Any:
@@ -112,6 +118,8 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
         access, for code that looks at the weights of a linear layer."""
         name = self.quant_format.name
         values = torch.ops.kernelgen.dequantize(self.blocks, name, self.in_features)
+        if self.columns is not None:
+            values = torch.empty_like(values).index_copy_(1, self.columns, values)
         return values.to(torch.get_default_dtype() if self.bias is None else self.bias.dtype)
 
     def get_extra_state(self) -> Any:
@@ -128,6 +136,9 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
         state = state_dict.get(f"{prefix}_extra_state")
         if state is not None:
             self._compare(prefix, state)
+        order = state_dict.get(f"{prefix}columns")
+        if order is not None and self.columns is None:
+            self.columns = torch.empty_like(order, device=self.blocks.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _compare(self, prefix: str, state: Any) -> None:
