@@ -32,6 +32,8 @@ class QuantLinear(torch.nn.Module):  # type: ignore[misc]
     Raises FormatError for an unknown format or a K that it cannot hold.
     """
 
+    columns: Any
+
     def __init__(
         self,
         in_features: int,
