@@ -56,7 +56,14 @@ class Llama3:
     high: float = 4.0
 
 
-Scaling = Linear | Yarn | Llama3
+@dataclass(frozen=True)
+class Factors:
+    """Each pair is slowed down by a factor of its own, as files that were converted say it."""
+
+    factors: tuple[float, ...]
+
+
+Scaling = Linear | Yarn | Llama3 | Factors
 
 
 def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None) -> Array:
@@ -69,6 +76,13 @@ def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None
     if isinstance(scaling, Linear):
         slowed: Array = plain / scaling.factor
         return slowed
+    if isinstance(scaling, Factors):
+        if len(scaling.factors) != dims // 2:
+            raise ShapeError(
+                f"{len(scaling.factors)} factors were given for {dims // 2} pairs; each has one"
+            )
+        each: Array = plain / np.asarray(scaling.factors, np.float64)
+        return each
     if isinstance(scaling, Yarn):
 
         def pair_of(turns: float) -> float:
