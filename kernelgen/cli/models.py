@@ -42,6 +42,9 @@ def run(
     top_k: Annotated[int, typer.Option(min=0, help="Only so many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the most probable up to this sum.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer the text, by the model's template.")
+    ] = False,
     cache: CacheFormat = "f16",
     target: TargetName = None,
     precision: Precision = "auto",
@@ -51,7 +54,8 @@ def run(
     sampler = models.Sampler(temperature, top_k, top_p, seed)
     model = models.open(file, target, precision)
     tokenizer = _tokenizer(model)
-    ids = tokenizer.encode(prompt, special=True)
+    text = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
+    ids = tokenizer.encode(text, special=True)
     keys, values = _formats(cache)
     room = min(len(ids) + count, max(model.shape.context, len(ids)))
     kept = model.sequences(capacity=max(1, room), format=keys, value_format=values)

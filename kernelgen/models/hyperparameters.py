@@ -80,11 +80,13 @@ class Hyperparameters:
             context=read.number("context_length"),
             window=read.number("attention.sliding_window", 0) or None,
         )
-        if found.heads % found.kv_heads or found.rope_dims % 2 or found.rope_dims > head_dim:
+        pairs = found.rope_dims % 2 == 0 and found.rope_dims <= head_dim and found.rope_base > 1
+        if found.heads % found.kv_heads or not pairs:
             raise FileError(
                 f"{where} says {found.heads} heads over {found.kv_heads} of keys, and"
-                f" {found.rope_dims} of {head_dim} elements that turn: heads are a multiple of"
-                " those of keys, and elements turn in pairs"
+                f" {found.rope_dims} of {head_dim} elements that turn by powers of"
+                f" {found.rope_base:g}: heads are a multiple of those of keys, elements turn in"
+                " pairs, and the base is above 1"
             )
         return found
 

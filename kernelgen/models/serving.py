@@ -7,19 +7,20 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from kernelgen.errors import ShapeError
+from kernelgen.errors import KernelgenError, ShapeError
 from kernelgen.models.generation import BATCH
-from kernelgen.models.llama import PAGE, Decoder, Turn
+from kernelgen.models.llama import PAGE, Array, Decoder, Turn
 from kernelgen.models.sampling import Sampler
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, and what followed it so far.
 
     count    tokens at most
     tokens   those that were made
     done     whether no more will come
+    error    why it was ended, where its sampler failed
     """
 
     prompt: list[int]
@@ -27,6 +28,7 @@ class Request:
     sampler: Sampler
     tokens: list[int] = field(default_factory=list)
     done: bool = False
+    error: str | None = None
     _read: int = 0
 
     @property
@@ -110,15 +112,30 @@ class Server:
             one._read += len(tokens)
             if one._read < len(one.prompt):
                 continue
-            token = one.sampler(row)
-            one.done = token in self.ends
-            if not one.done:
-                one.tokens.append(token)
-                one.done = len(one.tokens) >= one.count
+            self._add_token(one, row)
             if one.done:
                 self._leave(sequence)
             changed.append(one)
         return changed
+
+    def _add_token(self, one: Request, logits: Array) -> None:
+        try:
+            token = one.sampler(logits)
+        except KernelgenError as error:  # the others go on
+            one.error, one.done = str(error), True
+            return
+        if token not in self.ends:
+            one.tokens.append(token)
+        one.done = token in self.ends or len(one.tokens) >= one.count
+
+    def cancel(self, request: Request) -> None:
+        """End a request; what it has so far stays with it."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        for sequence, one in tuple(self._running.items()):
+            if one is request:
+                self._leave(sequence)
+        request.done = True
 
     def run(self) -> None:
         """Steps until all requests are done."""

@@ -7,6 +7,7 @@ merges follow from the scores of the pieces) and "t5" (SentencePiece's unigram m
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,11 +63,11 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any], where: str = "the file") -> None:
         read = _Reader(metadata, where)
-        kind = read.get("model", "")
+        kind = str(read.get("model", ""))
         makers = {"gpt2": _byte_level, "llama": _sentencepiece, "t5": _unigram}
         if kind not in makers:
             raise FileError(
-                f"{where} has no tokenizer (tokenizer.ggml.model is {str(kind)[:60]!r});"
+                f"{where} has no tokenizer (tokenizer.ggml.model is {kind[:60]!r});"
                 f" {', '.join(makers)} are known"
             )
         tokens = read.strings("tokens")
@@ -74,12 +75,20 @@ class Tokenizer:
         kinds = read.get("token_type", [1] * self.size)
         if not isinstance(kinds, list) or len(kinds) != self.size:
             raise FileError(f"{where} has not one tokenizer.ggml.token_type for each token")
+        self._where = where
+        self._template = metadata.get("tokenizer.chat_template")
         self._made = _made(makers[kind], read, tokens)
         self._add_special(tokens, kinds)
         starts = kind == "llama" or read.get("pre", "") in _WHOLE_WORDS
         self.bos = read.token("bos_token_id") if read.get("add_bos_token", starts) else None
         found = (read.token(name) for name in _ENDS)
         self.ends = frozenset(one for one in found if one is not None)
+        self._names = {
+            name: tokens[at]
+            for name, at in (("bos_token", read.token("bos_token_id")),
+                             ("eos_token", read.token("eos_token_id")))
+            if at is not None and at < len(tokens)
+        }  # fmt: skip
 
     def _add_special(self, tokens: Sequence[str], kinds: Sequence[int]) -> None:
         added = _library().AddedToken
@@ -100,6 +109,40 @@ class Tokenizer:
         self._made.encode_special_tokens = not special
         found = list(self._made.encode(text, add_special_tokens=False).ids)
         return found if self.bos is None or found[:1] == [self.bos] else [self.bos, *found]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text of a conversation, up to where the model answers; encode it with special=True.
+
+        messages  each with "role" ("system", "user", "assistant") and "content"
+
+        Raises FileError where the file has no template of conversations, or it fails.
+        """
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not isinstance(self._template, str):
+            raise FileError(
+                f"{self._where} has no tokenizer.chat_template, so conversations cannot be written"
+                " as it wants them; give it plain text"
+            )
+
+        def refuse(reason: str) -> None:
+            raise TemplateError(reason)
+
+        # what the templates of the Hugging Face hub expect
+        world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        world.globals |= {
+            "raise_exception": refuse,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        }
+        try:
+            template = world.from_string(self._template)
+            return template.render(messages=messages, add_generation_prompt=True, **self._names)
+        except Exception as error:  # a program of the file's author may fail in any way
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise FileError(
+                f"the template of conversations of {self._where} fails: {said}"
+            ) from error
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, without control tokens."""

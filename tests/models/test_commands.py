@@ -45,6 +45,18 @@ def test_run_by_chance_is_repeatable(file: Path) -> None:
     assert any(json_of("run", file, *options, "--seed", n)["text"] != first for n in (8, 9, 10))
 
 
+def test_run_answers_by_the_models_template(file: Path, tmp_path: Path) -> None:
+    _, metadata = vocabularies.byte_level()
+    count = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.chat_template"] = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+    path = tiny.write(tmp_path / "chat.gguf", "qwen2", vocabulary=count, metadata=metadata)
+    options = ("-n", 4, "--target", "numpy")
+    answer = json_of("run", path, "-p", "The", "--chat", *options)
+    plain = json_of("run", file, "-p", "The!", *options)
+    assert (answer["text"], answer["prompt_tokens"]) == (plain["text"], plain["prompt_tokens"])
+    assert "no tokenizer.chat_template" in error_of("run", file, "-p", "a", "--chat", *options)
+
+
 def test_run_names_the_kernels(file: Path) -> None:
     # a cache in a format that nothing else here has, so that the kernels of attention are new
     options = ("-p", "The", "-n", 2, "--target", "numpy", "--cache", "q8_0,q4_0")

@@ -9,7 +9,7 @@ import pytest
 
 from kernelgen import models
 from kernelgen.api import runtime_of
-from kernelgen.errors import ShapeError
+from kernelgen.errors import KernelgenError, ShapeError
 from kernelgen.models import measure, serving
 from tests.models import tiny
 
@@ -105,6 +105,28 @@ def test_a_text_ends_where_the_model_says_so(tmp_path: Path) -> None:
     one = server.submit(PROMPTS[0], 6)
     server.run()
     assert one.done and one.tokens == tokens[: tokens.index(tokens[3])]
+
+
+def test_one_that_fails_or_leaves_does_not_disturb_the_others(tmp_path: Path) -> None:
+    class Failing(models.Sampler):
+        def __call__(self, logits: object) -> int:
+            raise KernelgenError("no")
+
+    model = models.open(tiny.write(tmp_path / "model.gguf"), "numpy", "fp32")
+    server = models.Server(model, 3, capacity=64)
+    pages = server.cache.free_pages
+    good = server.submit(PROMPTS[0], 6)
+    bad = server.submit(PROMPTS[0], 6, Failing())
+    left, late = server.submit(PROMPTS[2], 6), server.submit(PROMPTS[3], 6)
+    server.step()
+    server.cancel(left)
+    server.cancel(late)
+    server.run()
+    assert (bad.done, bad.error, bad.tokens) == (True, "no", [])
+    assert left.done and len(left.tokens) == 1 and late.done and not late.tokens
+    assert good.error is None
+    assert good.tokens == list(models.Generation(model, PROMPTS[0], 6))
+    assert server.cache.free_pages == pages
 
 
 @pytest.mark.parametrize(("prompt", "count"), [([], 1), ([1], 0), ([1] * 60, 6)])

@@ -109,8 +109,39 @@ def test_control_tokens_count_only_where_they_are_asked_for() -> None:
     assert made.decode(made.encode("a</s>", special=True)) == "a"
 
 
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+[{{ m.role }}] {{ m['content'] | trim }}
+{% endfor %}
+{% if add_generation_prompt %}[assistant]{% endif %}"""
+
+
+def test_conversations_are_written_by_the_files_template() -> None:
+    _, metadata = vocabularies.byte_level()
+    made = Tokenizer(metadata | {"tokenizer.chat_template": TEMPLATE})
+    text = made.chat([{"role": "user", "content": " Why? "}])
+    assert text == "<s>[user] Why?\n[assistant]"
+    ids = made.encode(text, special=True)
+    assert made.decode(ids) == text.removeprefix("<s>")
+    with pytest.raises(FileError, match=r"no tokenizer\.chat_template"):
+        Tokenizer(metadata).chat([])
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no') }}", "{% if %}", "{{ 1 / 0 }}", "{{ messages.__class__.mro() }}",
+     "{{ range(10000000) | list }}"],
+)  # fmt: skip
+def test_a_template_that_fails_is_answered_in_a_sentence(template: str) -> None:
+    _, metadata = vocabularies.byte_level()
+    made = Tokenizer(metadata | {"tokenizer.chat_template": template})
+    with pytest.raises(FileError, match="conversations of the file fails"):
+        made.chat([{"role": "user", "content": "a"}])
+
+
 WRONG = [
     ({"tokenizer.ggml.model": "bert"}, "no tokenizer .*'bert'.*gpt2, llama, t5"),
+    ({"tokenizer.ggml.model": ["gpt2"]}, "no tokenizer"),
+    ({"tokenizer.ggml.pre": ["gpt-2"]}, "contradicts itself"),
     ({"tokenizer.ggml.model": None}, "no tokenizer"),
     ({"tokenizer.ggml.pre": "jina"}, "cuts text as 'jina'"),
     ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
