@@ -8,6 +8,7 @@ configuration of Llama 3.1 and its reference code for the last.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,15 @@ def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None
     part = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
     between: Array = plain * part + plain / scaling.factor * (1 - part)
     return between
+
+
+@functools.lru_cache(maxsize=64)
+def turns_of(dims: int, base: float, scaling: Scaling | None) -> tuple[Array, Array]:
+    """`turns` of `frequencies`; both read-only."""
+    found = turns(frequencies(dims, base, scaling))
+    for one in found:
+        one.flags.writeable = False
+    return found
 
 
 def magnitude(scaling: Scaling | None) -> float:
