@@ -27,11 +27,14 @@ def _words(numbers: str) -> str:
 
 
 #: How text is cut before merging, by tokenizer.ggml.pre: the expressions are those that the models
-#: were trained with, as their tokenizer.json files have them.  None: GPT-2's own
-_CUTS: dict[str, str | None] = {
-    "gpt-2": None,
-    "default": None,
+#: were trained with, as their tokenizer.json files have them.  Empty: GPT-2's own
+_CUTS = {
+    "gpt-2": "",
+    "default": "",
+    "smollm": r"\p{N}",
     "llama-bpe": _words(r"\p{N}{1,3}"),
+    "llama3": _words(r"\p{N}{1,3}"),
+    "llama-v3": _words(r"\p{N}{1,3}"),
     "qwen2": _words(r"\p{N}"),
     "deepseek-r1-qwen": _words(r"\p{N}"),
     "tekken": (
@@ -41,7 +44,9 @@ _CUTS: dict[str, str | None] = {
 }
 #: where a word that is a token is not merged from its bytes, and text begins with a token of its
 #: own unless the file says otherwise
-_WHOLE_WORDS = ("llama-bpe", "tekken")
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+#: where what an expression leaves is cut by GPT-2's own
+_CUT_ON = ("gpt-2", "default", "smollm")
 
 #: tokenizer.ggml.token_type
 _CONTROL, _USER_DEFINED = 3, 4
@@ -222,16 +227,10 @@ def _byte_level(read: _Reader, tokens: Sequence[str]) -> Any:
     made = lib.Tokenizer(
         lib.models.BPE(_numbered(tokens), merges, ignore_merges=pre in _WHOLE_WORDS)
     )
-    cut, parts = _CUTS[pre], lib.pre_tokenizers
-    if cut is None:
-        made.pre_tokenizer = parts.ByteLevel(add_prefix_space=False)
-    else:
-        made.pre_tokenizer = parts.Sequence(
-            [
-                parts.Split(lib.Regex(cut), "isolated"),
-                parts.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+    parts = lib.pre_tokenizers
+    first = [parts.Split(lib.Regex(_CUTS[pre]), "isolated")] if _CUTS[pre] else []
+    last = parts.ByteLevel(add_prefix_space=False, use_regex=pre in _CUT_ON)
+    made.pre_tokenizer = parts.Sequence([*first, last])
     made.decoder = lib.decoders.ByteLevel()
     return made
 

@@ -27,11 +27,22 @@ def logits(path: Any, tokens: list[int]) -> Array:
     architecture = reader.fields["general.architecture"].contents()
     heads, kv_heads = of("attention.head_count"), of("attention.head_count_kv")
     eps, dim = of("attention.layer_norm_rms_epsilon"), of("attention.key_length")
-    frequencies = of("rope.freq_base") ** (-np.arange(0, dim, 2) / dim)
+    turning, base = of("rope.dimension_count", dim), of("rope.freq_base")
+    frequencies = base ** (-np.arange(0, turning, 2) / turning)
     frequencies = frequencies / data.get("rope_freqs.weight", 1.0)
-    if of("rope.scaling.type") == "linear":
-        frequencies = frequencies / of("rope.scaling.factor")
-    turn = np.exp(1j * np.outer(np.arange(len(tokens)), frequencies))
+    kind, factor = of("rope.scaling.type"), of("rope.scaling.factor", 1.0)
+    size = 1.0
+    if kind == "linear":
+        frequencies = frequencies / factor
+    if kind == "yarn":
+        # pairs between 32 turns and one over the old context go from as they were to slowed down
+        period = of("rope.scaling.original_context_length") / (2 * math.pi)
+        first, last = (turning * math.log(period / n) / (2 * math.log(base)) for n in (32, 1))
+        first, last = max(0, math.floor(first)), min(turning - 1, math.ceil(last))
+        slow = np.clip((np.arange(turning // 2) - first) / max(0.001, last - first), 0, 1)
+        frequencies = frequencies * (1 - slow) + frequencies / factor * slow
+        size = 1 + 0.1 * math.log(factor)
+    turn = size * np.exp(1j * np.outer(np.arange(len(tokens)), frequencies))
     there = np.arange(len(tokens))
     seen = there[None, :] <= there[:, None]
     window = of("attention.sliding_window")
@@ -45,13 +56,15 @@ def logits(path: Any, tokens: list[int]) -> Array:
         return x @ data[f"{name}.weight"].T + data.get(f"{name}.bias", 0.0)
 
     def rotated(x: Array) -> Array:
-        """x (heads, tokens, dim)."""
+        """x (heads, tokens, dim), of which the first elements turn."""
+        x, rest = x[..., :turning], x[..., turning:]
         if architecture == "llama":
             z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
-            return np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
-        half = dim // 2
+            turned = np.stack([z.real, z.imag], axis=-1).reshape(x.shape)
+            return np.concatenate([turned, rest], axis=-1)
+        half = turning // 2
         z = (x[..., :half] + 1j * x[..., half:]) * turn
-        return np.concatenate([z.real, z.imag], axis=-1)
+        return np.concatenate([z.real, z.imag, rest], axis=-1)
 
     x = data["token_embd.weight"][tokens]
     for layer in range(of("block_count")):

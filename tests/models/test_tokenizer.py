@@ -35,6 +35,7 @@ CUTS = [
     ("llama-bpe", "12345 don'T\n\n x", ["123", "45", " don", "'T", "\n\n", " x"]),
     ("qwen2", "12 don't  a\r\n", ["1", "2", " don", "'t", " ", " a", "\r\n"]),
     ("tekken", "HelloWorld 12/\n", ["Hello", "World", " ", "1", "2", "/\n"]),
+    ("smollm", "12 don't  a", ["1", "2", " don", "'t", " ", " a"]),
     ("gpt-2", "12345 don't  a", ["12345", " don", "'t", " ", " a"]),
 ]
 
