@@ -76,7 +76,7 @@ class Tokenizer:
                 f" {', '.join(makers)} are known"
             )
         tokens = read.strings("tokens")
-        self.size = len(tokens)
+        self.size = read.size = len(tokens)
         kinds = read.get("token_type", [1] * self.size)
         if not isinstance(kinds, list) or len(kinds) != self.size:
             raise FileError(f"{where} has not one tokenizer.ggml.token_type for each token")
@@ -92,7 +92,7 @@ class Tokenizer:
             name: tokens[at]
             for name, at in (("bos_token", read.token("bos_token_id")),
                              ("eos_token", read.token("eos_token_id")))
-            if at is not None and at < len(tokens)
+            if at is not None
         }  # fmt: skip
 
     def _add_special(self, tokens: Sequence[str], kinds: Sequence[int]) -> None:
@@ -112,7 +112,13 @@ class Tokenizer:
         special  names of control tokens in the text stand for these, as in chats
         """
         self._made.encode_special_tokens = not special
-        found = list(self._made.encode(text, add_special_tokens=False).ids)
+        try:
+            found = list(self._made.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the library raises plain ones
+            raise FileError(
+                f"the text cannot be cut into tokens of {self._where}: {error}; its vocabulary"
+                " lacks what the text has"
+            ) from error
         return found if self.bos is None or found[:1] == [self.bos] else [self.bos, *found]
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -168,6 +174,7 @@ class _Reader:
 
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         self._metadata, self.where = metadata, where
+        self.size = 0
 
     def get(self, key: str, default: Any) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{key}", default)
@@ -190,7 +197,7 @@ class _Reader:
 
     def token(self, key: str) -> int | None:
         found = self.get(key, None)
-        return found if isinstance(found, int) and found >= 0 else None
+        return found if isinstance(found, int) and 0 <= found < self.size else None
 
 
 def _library() -> Any:
@@ -250,7 +257,7 @@ def _sentencepiece(read: _Reader, tokens: Sequence[str]) -> Any:
     unknown = read.token("unknown_token_id")
     model = lib.models.BPE(
         numbers, merges, byte_fallback=True, fuse_unk=True,
-        unk_token=tokens[unknown] if unknown is not None and unknown < len(tokens) else None,
+        unk_token=None if unknown is None else tokens[unknown],
     )  # fmt: skip
     return _with_spaces(lib, read, lib.Tokenizer(model))
 

@@ -78,6 +78,14 @@ def test_caches_lose_little(
     assert cosine(got, reference.logits(path, TOKENS)) >= least
 
 
+@pytest.mark.parametrize("fmt", ["q8_0", "q4_0"])
+def test_activations_of_8_bits_lose_little(fmt: str, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "model.gguf", fmt=fmt)
+    model = models.open(path, "numpy")
+    got = model.forward([(0, TOKENS)], model.sequences(capacity=16), every=True)
+    assert cosine(got, reference.logits(path, TOKENS)) >= 0.999
+
+
 def test_yarn_and_qwens_pairing_are_read_from_the_file(tmp_path: Path) -> None:
     metadata = {
         "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
