@@ -402,7 +402,7 @@ def rope(
     where = np.arange(x.shape[-2], dtype=np.int32) if positions is None else np.asarray(positions)
     if where.dtype.kind not in "iu" or (where.size and not 0 <= where.min() <= where.max() < 2**31):
         raise ShapeError("positions must be integers from 0 to 2^31 - 1")
-    whole, rest = turning.turns(turning.frequencies(dims, base, scaling))
+    whole, rest = turning.turns_of(dims, base, scaling)
     call = _Call(x)
     kind = maps.rotated(
         call.rows("x", x),

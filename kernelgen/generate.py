@@ -87,6 +87,15 @@ def generate_walk(
     return _render(one, subject, target, chosen, fused)
 
 
+#: kernels by their hashes, in the order in which they were generated
+_generated: dict[tuple[str, str], Kernel] = {}
+
+
+def generated() -> tuple[Kernel, ...]:
+    """The kernels that were generated in this process, with those that they need."""
+    return tuple(_generated.values())
+
+
 @functools.lru_cache(maxsize=1024)
 def _render(one: Walk, subject: Subject, target: Target, config: Config, asked: Fusion) -> Kernel:
     steps = one.steps(subject, config)
@@ -132,11 +141,12 @@ def _render(one: Walk, subject: Subject, target: Target, config: Config, asked: 
     before = Fusion(norm=asked.norm)
     needs = {op: _needed(op, one, subject, target, before) for op in one.needs(config)}
     then = {op: _needed(op, one, subject, target, PLAIN) for op in one.then(config)}
-    return Kernel(
+    made = Kernel(
         target=target.name, op=one.op, subject=subject, walk=one, config=config, entry=entry,
         source=source, hash=digest, notes=notes,
         needs=needs, then=then, fused=fused,
     )  # fmt: skip
+    return _generated.setdefault((target.name, digest), made)
 
 
 def _finish(fused: Fusion, target: Target) -> tuple[tuple[tuple[str, Expr], ...], Expr] | None:

@@ -111,16 +111,20 @@ class KVCache:
                     f" (sequences, {w.shape[1]} heads, tokens, {w.shape[3]} elements), tokens as"
                     " many in k as in v"
                 )
-        rows = [
-            quantize(np.ascontiguousarray(x, np.float32), w.format).data
-            for x, w in zip((k, v), self._tensors, strict=True)
-        ]
+        rows = self._blocks(k, v)
         count = k.shape[2]
         self._make_room(which, count)
         for n, b in enumerate(which):
             for data, place, w in zip(rows, self._bytes, self._tensors, strict=True):
                 self._write(b, data[n], place, w)
             self.lengths[b] += count
+
+    def _blocks(self, k: Array, v: Array) -> list[Array]:
+        """Both as blocks; at once where they are alike, as a few rows cost little more than one."""
+        given = [np.ascontiguousarray(x, np.float32) for x in (k, v)]
+        if self.keys.format is self.values.format and k.shape == v.shape:
+            return [*quantize(np.stack(given), self.keys.format).data]
+        return [quantize(x, w.format).data for x, w in zip(given, self._tensors, strict=True)]
 
     def _make_room(self, which: list[int], count: int) -> None:
         """Pages for `count` more tokens of some sequences, or ShapeError."""

@@ -59,6 +59,7 @@ LEVELS = (
         "demo",
         "files",
         "kv_cache",
+        "models",
         "packages",
         "starter",
         "torch",

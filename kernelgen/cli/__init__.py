@@ -21,6 +21,7 @@ from kernelgen.cli import (
     checking,
     describing,
     emulate,
+    models,
     tensors,
     tuning,
 )
@@ -95,6 +96,7 @@ for _name, _command in (
     ("new-format", describing.new_format),
 ):
     app.command(_name)(_command)
+models.register(app)
 tuning.register(app)
 
 

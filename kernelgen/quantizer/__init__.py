@@ -86,9 +86,15 @@ def quantize(
             out[part] = convert(rows[part]).reshape(out[part].shape)
         return int(part.stop)
 
+    starts = range(0, len(rows), step)
+    if len(starts) == 1:  # starting threads takes longer than a few rows do
+        done = run(0)
+        if progress is not None:
+            progress(done, len(rows))
+        return out.reshape(*np.shape(x)[:-1], -1)
     pool = ThreadPoolExecutor(max(1, threads or os.cpu_count() or 1))
     try:
-        for done in pool.map(run, range(0, len(rows), step)):
+        for done in pool.map(run, starts):
             if progress is not None:
                 progress(done, len(rows))
     finally:

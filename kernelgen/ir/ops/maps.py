@@ -5,6 +5,7 @@ positions are all maps.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +122,7 @@ def trace(
     return Map(inputs, tuple(outputs), label)
 
 
+@functools.lru_cache(maxsize=256)
 def rotated(
     x: Tensor,
     positions: Tensor,

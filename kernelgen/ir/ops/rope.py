@@ -8,6 +8,7 @@ configuration of Llama 3.1 and its reference code for the last.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,14 @@ class Llama3:
     high: float = 4.0
 
 
-Scaling = Linear | Yarn | Llama3
+@dataclass(frozen=True)
+class Factors:
+    """Each pair is slowed down by a factor of its own, as files that were converted say it."""
+
+    factors: tuple[float, ...]
+
+
+Scaling = Linear | Yarn | Llama3 | Factors
 
 
 def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None) -> Array:
@@ -69,6 +77,13 @@ def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None
     if isinstance(scaling, Linear):
         slowed: Array = plain / scaling.factor
         return slowed
+    if isinstance(scaling, Factors):
+        if len(scaling.factors) != dims // 2:
+            raise ShapeError(
+                f"{len(scaling.factors)} factors were given for {dims // 2} pairs; each has one"
+            )
+        each: Array = plain / np.asarray(scaling.factors, np.float64)
+        return each
     if isinstance(scaling, Yarn):
 
         def pair_of(turns: float) -> float:
@@ -86,6 +101,15 @@ def frequencies(dims: int, base: float = 10000.0, scaling: Scaling | None = None
     part = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
     between: Array = plain * part + plain / scaling.factor * (1 - part)
     return between
+
+
+@functools.lru_cache(maxsize=64)
+def turns_of(dims: int, base: float, scaling: Scaling | None) -> tuple[Array, Array]:
+    """`turns` of `frequencies`; both read-only."""
+    found = turns(frequencies(dims, base, scaling))
+    for one in found:
+        one.flags.writeable = False
+    return found
 
 
 def magnitude(scaling: Scaling | None) -> float:

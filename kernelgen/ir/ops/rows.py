@@ -7,6 +7,7 @@ other numbers, both zeros alike; of places that hold the same, the first counts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,6 +292,7 @@ def _norm_outputs(value: Expr, element: Expr, dtype: str, residual: Tensor | Non
     return (out,) if residual is None else (out, Output("sum", dtype, element))
 
 
+@functools.lru_cache(maxsize=256)
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -311,6 +313,7 @@ def rms_norm(
     return row.done(inputs, _norm_outputs(value, element, dtype, residual), label="rms_norm")
 
 
+@functools.lru_cache(maxsize=256)
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,

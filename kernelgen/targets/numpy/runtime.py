@@ -14,7 +14,7 @@ import numpy as np
 from kernelgen.config import Capabilities
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.attention import arrays
-from kernelgen.targets.base import NONE, Array, Kernel, Product, Weights
+from kernelgen.targets.base import NONE, Array, Kernel, Product, Weights, check_rows
 from kernelgen.targets.maps import Apply, dense, strides, written
 
 
@@ -57,7 +57,9 @@ class NumpyRuntime:
 
     def get_rows(self, kernel: Kernel, w: Weights, ids: Array) -> Array:
         """Values of the rows of w that `ids`, integers (R,), names: float32 (R, K)."""
-        rows: Array = self.function(kernel)(w.data.reshape(-1, w.data.shape[-1]), ids)
+        blocks = w.data.reshape(-1, w.data.shape[-1])
+        check_rows(ids, len(blocks))
+        rows: Array = self.function(kernel)(blocks, ids)
         return rows
 
     def quantize(

@@ -1,0 +1,328 @@
+"""Llama, Mistral, Qwen2 and Qwen3: what these decoders compute, in kernelgen's public functions.
+
+Sources: Touvron et al., "LLaMA" (2023); Ainslie et al., "GQA" (2023); the Qwen2 (2024) and Qwen3
+(2025) reports.  Names of tensors are those of the GGUF specification.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import kernelgen
+from kernelgen.errors import FileError, ShapeError
+from kernelgen.gguf_files import Model
+from kernelgen.ir.ops.rope import Factors
+from kernelgen.kv_cache import KVCache
+from kernelgen.models.hyperparameters import Hyperparameters
+from kernelgen.tensor import QuantTensor
+
+Array = npt.NDArray[Any]
+#: a sequence, counted from 0, and the tokens that it gets
+Turn = tuple[int, Sequence[int]]
+
+#: tokens of a page of a cache of several sequences
+PAGE = 32
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix of weights (N, K), and a bias (N,) where the model has one."""
+
+    w: QuantTensor
+    bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of a transformer block; `q_norm` and `k_norm` (head_dim,) are Qwen3's."""
+
+    attention_norm: Array
+    q: Projection
+    k: Projection
+    v: Projection
+    q_norm: Array | None
+    k_norm: Array | None
+    out: Projection
+    ffn_norm: Array
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+class Sequences:
+    """The keys and values of all layers for some sequences, each of its own length.
+
+    layers   a `kernelgen.KVCache` each
+    """
+
+    def __init__(self, layers: list[KVCache]) -> None:
+        self.layers = layers
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens that each sequence has, (sequences,)."""
+        return self.layers[0].lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, used or not."""
+        return sum(one.nbytes for one in self.layers)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence has; each is one of every layer."""
+        return self.layers[0].free_pages
+
+    def truncate(self, length: int = 0, sequence: int | None = None) -> None:
+        """Forget all but the first `length` tokens of a sequence, or of all."""
+        for one in self.layers:
+            one.truncate(length, sequence)
+
+
+class Decoder:
+    """A model of the Llama kind over the memory-mapped weights of a GGUF file.
+
+    target     where all kernels run; by default the best here
+    precision  of products, as `kernelgen.matmul` has it
+
+    Weights are repacked for the target in the first call that uses them, and kept.
+    Raises FileError for an architecture that is not known, and for tensors that are missing, of
+    another shape, or of no use.
+    """
+
+    def __init__(self, file: Model, target: str | None = None, precision: str = "auto") -> None:
+        self.file = file
+        self.target = target or kernelgen.api.default_target()
+        self.precision = precision
+        self.shape = shape = Hyperparameters.of(file.metadata, str(file.path))
+        weights = _Weights(file)
+        self.embedding = weights.matrix("token_embd", None, shape.width)
+        self.vocabulary = self.embedding.shape[0]
+        self.layers = [_layer(weights, f"blk.{n}.", shape) for n in range(shape.layers)]
+        self.norm = weights.vector("output_norm.weight", shape.width)
+        tied = "output.weight" not in file
+        self.output = self.embedding if tied else weights.matrix("output", self.vocabulary)
+        factors = weights.optional("rope_freqs.weight", shape.rope_dims // 2)
+        scaling = shape.scaling if factors is None else Factors(tuple(factors.tolist()))
+        self._turning: dict[str, Any] = {
+            "dims": shape.rope_dims, "base": shape.rope_base, "pairing": shape.pairing,
+            "scaling": scaling, "target": self.target,
+        }  # fmt: skip
+        weights.check_all_used()
+
+    def sequences(
+        self,
+        count: int = 1,
+        *,
+        capacity: int | None = None,
+        format: str = "f16",
+        value_format: str | None = None,
+        pool: int | None = None,
+    ) -> Sequences:
+        """An empty cache for `count` sequences of at most `capacity` tokens (by default the
+        model's context, at most 4096).
+
+        Several share `pool` pages of 32 tokens, by default enough for all at full length.
+        """
+        shape = self.shape
+        room = min(shape.context, 4096) if capacity is None else capacity
+        return Sequences(
+            [
+                KVCache(
+                    shape.kv_heads, shape.head_dim, capacity=room, batches=count, format=format,
+                    value_format=value_format, value_dim=shape.value_dim,
+                    page=PAGE if count > 1 else 0, pool=pool,
+                )
+                for _ in range(shape.layers)
+            ]
+        )  # fmt: skip
+
+    def forward(self, turns: Sequence[Turn], cache: Sequences, *, every: bool = False) -> Array:
+        """Logits after the new tokens of some sequences, which the cache then has.
+
+        turns   the sequences, each at most once, and their new tokens, at least one of each
+        every   after every new token, not only the last of each sequence
+
+        All tokens go through each matrix together; attention is of each sequence by itself.
+        Returns float32 (sequences or tokens, vocabulary), in the order of `turns`.
+        Raises ShapeError, and keeps nothing, where there is no room.
+        """
+        counts = [len(tokens) for _, tokens in turns]
+        if not turns or not all(counts):
+            raise ShapeError("a model was called without tokens; each sequence gets at least one")
+        which = [sequence for sequence, _ in turns]
+        if not all(0 <= one < len(cache.lengths) for one in which):
+            raise ShapeError(
+                f"sequences {which} were named; the cache has {len(cache.lengths)}, from 0 on"
+            )
+        before = cache.lengths[which]
+        positions = np.concatenate(
+            [start + np.arange(n) for start, n in zip(before, counts, strict=True)]
+        ).astype(np.int32)
+        groups = _groups(which, counts)
+        ids = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in turns])
+        x = kernelgen.get_rows(self.embedding, ids, target=self.target)
+        for layer, kv in zip(self.layers, cache.layers, strict=True):
+            x = self._attention(layer, x, kv, positions, groups)
+            x = self._feed_forward(layer, x)
+        if not every:
+            x = x[np.cumsum(counts) - 1]
+        logits: Array = self._project(self._norm(x, self.norm), Projection(self.output))
+        return logits
+
+    def _attention(
+        self, layer: Layer, x: Array, kv: KVCache, positions: Array, groups: list[_Group]
+    ) -> Array:
+        """x + attention(norm(x)), x (tokens, width)."""
+        shape = self.shape
+        h = self._norm(x, layer.attention_norm)
+        q = self._project(h, layer.q).reshape(len(x), shape.heads, shape.head_dim)
+        k = self._project(h, layer.k).reshape(len(x), shape.kv_heads, shape.head_dim)
+        v = self._project(h, layer.v).reshape(len(x), shape.kv_heads, shape.value_dim)
+        if layer.q_norm is not None:
+            q = self._norm(q, layer.q_norm)
+        if layer.k_norm is not None:
+            k = self._norm(k, layer.k_norm)
+        q = kernelgen.rope(q, positions[:, None], **self._turning)
+        k = kernelgen.rope(k, positions[:, None], **self._turning)
+        y = np.empty((len(x), shape.heads, shape.value_dim), np.float32)
+        for one in groups:
+            kv.append(one.heads_first(k), one.heads_first(v), one.sequences)
+            pages = None if kv.pages is None else kv.pages[one.sequences]
+            found = kernelgen.attention(
+                one.heads_first(q), kv.keys, kv.values, causal=True, window=shape.window,
+                lengths=kv.lengths[one.sequences], pages=pages, target=self.target,
+            )  # fmt: skip
+            y[one.rows] = found.swapaxes(1, 2)
+        return self._project(y.reshape(len(x), -1), layer.out, residual=x)
+
+    def _feed_forward(self, layer: Layer, x: Array) -> Array:
+        """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+        h = self._norm(x, layer.ffn_norm)
+        gate, up = layer.gate, layer.up
+        plain = gate.bias is None and up.bias is None
+        if plain and gate.w.format is up.w.format:
+            y = kernelgen.gated_matmul(
+                h, gate.w, up.w, "silu", target=self.target, precision=self.precision
+            )
+        else:
+            other = self._project(h, up)
+            y = self._project(h, gate, activation="silu", epilogue=_times, operands=[other])
+        return self._project(y, layer.down, residual=x)
+
+    def _norm(self, x: Array, weight: Array) -> Array:
+        found: Array = kernelgen.rms_norm(x, weight, self.shape.eps, target=self.target)
+        return found
+
+    def _project(self, x: Array, one: Projection, **fused: Any) -> Array:
+        found: Array = kernelgen.matmul(
+            x, one.w, bias=one.bias, target=self.target, precision=self.precision, **fused
+        )
+        return found
+
+
+def _times(y: Any, other: Any) -> Any:
+    return y * other
+
+
+def open(
+    path: str | os.PathLike[str], target: str | None = None, precision: str = "auto"
+) -> Decoder:
+    """The decoder in a GGUF file (see `Decoder`)."""
+    file = kernelgen.open(path)
+    if not isinstance(file, Model):
+        raise FileError(f"{path} is a checkpoint in safetensors; models are run from GGUF files")
+    return Decoder(file, target, precision)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences that get equally many tokens; `rows` (sequences, tokens) are theirs of all."""
+
+    sequences: list[int]
+    rows: Array
+
+    def heads_first(self, x: Array) -> Array:
+        """Of (tokens of all, heads, elements) their own (sequences, heads, tokens, elements)."""
+        return np.ascontiguousarray(x[self.rows].swapaxes(1, 2))
+
+
+def _groups(which: Sequence[int], counts: Sequence[int]) -> list[_Group]:
+    starts = np.cumsum([0, *counts[:-1]])
+    found = []
+    for count in dict.fromkeys(counts):
+        members = [n for n, one in enumerate(counts) if one == count]
+        rows = starts[members][:, None] + np.arange(count)
+        found.append(_Group([which[n] for n in members], rows))
+    return found
+
+
+def _layer(weights: _Weights, prefix: str, shape: Hyperparameters) -> Layer:
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    values, inside = shape.kv_heads * shape.value_dim, shape.heads * shape.value_dim
+    width, hidden = shape.width, shape.hidden
+
+    def projection(name: str, n: int, k: int) -> Projection:
+        w = weights.matrix(prefix + name, n, k)
+        return Projection(w, weights.optional(f"{prefix}{name}.bias", n))
+
+    return Layer(
+        attention_norm=weights.vector(f"{prefix}attn_norm.weight", width),
+        q=projection("attn_q", queries, width),
+        k=projection("attn_k", keys, width),
+        v=projection("attn_v", values, width),
+        q_norm=weights.optional(f"{prefix}attn_q_norm.weight", shape.head_dim),
+        k_norm=weights.optional(f"{prefix}attn_k_norm.weight", shape.head_dim),
+        out=projection("attn_output", width, inside),
+        ffn_norm=weights.vector(f"{prefix}ffn_norm.weight", width),
+        gate=projection("ffn_gate", hidden, width),
+        up=projection("ffn_up", hidden, width),
+        down=projection("ffn_down", width, hidden),
+    )
+
+
+class _Weights:
+    """The tensors of a file, each checked for its shape and counted as used."""
+
+    def __init__(self, file: Model) -> None:
+        self._file = file
+        self._used: set[str] = set()
+
+    def _take(self, name: str, shape: tuple[int | None, ...]) -> QuantTensor:
+        self._used.add(name)
+        found = self._file[name]
+        fits = len(found.shape) == len(shape) and all(
+            want in (None, has) for want, has in zip(shape, found.shape, strict=True)
+        )
+        if not fits:
+            wanted = " x ".join("any" if n is None else str(n) for n in shape)
+            raise FileError(
+                f"tensor {name!r} of {self._file.path} is {' x '.join(map(str, found.shape))}; by"
+                f" its metadata it is {wanted}"
+            )
+        return found
+
+    def matrix(self, name: str, n: int | None, k: int | None = None) -> QuantTensor:
+        return self._take(f"{name}.weight", (n, k))
+
+    def vector(self, name: str, size: int) -> Array:
+        return self._take(name, (size,)).dequantize()
+
+    def optional(self, name: str, size: int) -> Array | None:
+        return self.vector(name, size) if name in self._file else None
+
+    def check_all_used(self) -> None:
+        """Raises FileError where a tensor has no place in the model: it is another one, then."""
+        rest = [name for name in (*self._file, *self._file.skipped) if name not in self._used]
+        if rest:
+            shown = ", ".join(rest[:3]) + ", ..." * (len(rest) > 3)
+            raise FileError(
+                f"{self._file.path} has tensors that a model of architecture"
+                f" {self._file.architecture} has no place for ({shown}); it is one of another kind"
+            )
