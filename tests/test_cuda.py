@@ -19,7 +19,7 @@ from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.layout import named_layout
-from kernelgen.ir.steps import memory_steps
+from kernelgen.ir.steps import codebook, memory_steps
 from kernelgen.targets.base import EMULATED, Kernel
 from kernelgen.targets.cuda.wide import wide_codes
 from kernelgen.targets.device import DeviceRuntime
@@ -212,7 +212,9 @@ def test_words_side_by_side_are_loaded_together(layout: str) -> None:
         if fmt.float_codes:
             assert found is None
             continue
-        assert found is not None or layout == "native", fmt.name
+        # of some formats codes lie in a list of rows, or are fewer than sixteen bytes in a group
+        apart = codebook(fmt) or fmt.name in ("nvfp4", "q1_0", "tq1_0")
+        assert found is not None or layout == "native" or apart, fmt.name
         if found is None:
             continue
         steps = memory_steps(fmt, named_layout(layout))

@@ -42,7 +42,7 @@ SAMPLE = ("q4_K", "iq4_nl", "f16", "iq3_xxs")
 SAMPLED = [*(formats.get(name) for name in SAMPLE), THREE_BITS]
 OTHERS = [fmt for fmt in formats.FORMATS if fmt.name not in SAMPLE]
 EACH = [*SAMPLED, *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in OTHERS)]
-MATRICES = [walk for walk in METAL.walks if walk.style == "matrix"]
+MATRICES = [walk for walk in METAL.walks if (walk.op, walk.style) == ("matmul", "matrix")]
 
 
 @pytest.mark.parametrize("fmt", EACH, ids=lambda fmt: fmt.name)

@@ -518,10 +518,6 @@ NO_QUANTIZER: list[BlockFormat] = [
         ),
     ),
     described("scaled_floats", {"d": "f16"}, code=lambda b, i: small_float(b.qs[i // 4])),
-    BlockFormat(
-        name="odd_floats", block=4, group=4, nbytes=4, fields={"qs": "u8[4]"},
-        code=lambda b, i: small_float(b.qs[i]),
-    ),
 ]  # fmt: skip
 
 

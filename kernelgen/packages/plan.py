@@ -67,7 +67,7 @@ def plan(
 ) -> Plan:
     """The plan of a target's package for these formats and ops; `tuned`: with what the tuner's
     cache has for this machine's device."""
-    formats, ops = tuple(formats), tuple(ops)
+    formats, ops, target = tuple(formats), tuple(ops), _without(target)
     made = _Made(target)
     for one in kernels(target, formats, ops):
         made.kernels.setdefault(one.entry, one)
@@ -93,6 +93,13 @@ def plan(
         _dispatch(target, rules), functools.partial(_defaults, target, formats, ops),
         functools.partial(_render, target), binaries,
     )  # fmt: skip
+
+
+@functools.cache
+def _without(target: Target) -> Target:
+    """The target without walks that its packages do not have."""
+    walks = tuple(w for w in target.walks if not target.unpackaged.intersection(w.features))
+    return dataclasses.replace(target, walks=walks)
 
 
 def _entry(kernel: Kernel, target: Target) -> dict[str, Any]:

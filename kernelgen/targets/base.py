@@ -444,6 +444,7 @@ class Target:
     prefix         what names of entry points begin with
     templates      folders of templates that it shares with others, beside its own
     variants       that its runtime can be asked for, such as instruction sets; often none
+    unpackaged     features that packages for other hosts do not use
     feature_names  what a host must look for on a device, by feature of `Capabilities`, where the
                    API calls it something else; "" where every device has it
     """
@@ -461,6 +462,7 @@ class Target:
     reserved: frozenset[str] = frozenset()
     prefix: str = "kernelgen_"
     variants: tuple[str, ...] = ()
+    unpackaged: frozenset[str] = frozenset()
     feature_names: Mapping[str, str] = field(default_factory=dict)
 
     def reach(self, variant: str = "") -> Runtime:

@@ -23,17 +23,19 @@ from kernelgen.packages import plan as planning
 from kernelgen.packages import write
 from kernelgen.problem import relative_error, rounded, size_of_sums
 from kernelgen.targets.c.compiler import find_compiler
-from kernelgen.targets.c.runtime import native_isa
+from kernelgen.targets.c.package import ISAS
+from kernelgen.targets.c.runtime import cpu_features, native_isa
 from kernelgen.targets.package import Content, Plan, Point
 from kernelgen.tensor import QuantTensor
 from kernelgen.verify import activations, random_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-#: the best that is here, and one more
-HERE = list(
-    dict.fromkeys((native_isa().name, "avx2" if "avx2" in native_isa().needs else "scalar"))
+#: the best that is here and in a package, and one more
+BEST = next(
+    isa for isa in ISAS if isa.needs <= cpu_features() and native_isa().machines == isa.machines
 )
+HERE = list(dict.fromkeys((BEST.name, "avx2" if "avx2" in BEST.needs else "scalar")))
 OPS = ("dequantize", "get_rows", "quantize", "cast", "matvec", "matmul", "prepare")
 PACKAGED = ("c", "opencl", "wgsl", "cuda", "metal", "triton")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 
 from kernelgen.ir import formats
-from kernelgen.targets.c.runtime import ISAS, cpu_features, native_isa
+from kernelgen.targets.c.package import ISAS
+from kernelgen.targets.c.runtime import cpu_features
 from tests.packages import making
 from tests.packages.making import (
+    BEST,
     EXAMPLES,
     HERE,
     ROOT,
@@ -27,7 +29,7 @@ from tests.packages.making import (
     written,
 )
 
-HOME = native_isa().machines
+HOME = BEST.machines
 OPS = ("dequantize", "get_rows", "matvec", "matmul")
 
 
@@ -51,7 +53,7 @@ def package(library: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_best_instruction_set_is_taken(package: Any) -> None:
-    assert package.isa() == native_isa().name
+    assert package.isa() == BEST.name
 
 
 @pytest.mark.parametrize("isa", HERE)
@@ -66,7 +68,7 @@ def test_multiplies(isa: str, package: Any) -> None:
         }
         making.decodes(package, "q4_K", 37, 512)
     finally:
-        package.use_isa(native_isa().name)
+        package.use_isa(BEST.name)
 
 
 @pytest.mark.slow
@@ -99,15 +101,15 @@ def test_mistakes(package: Any) -> None:
         package.use_isa("z80")
     with pytest.raises(ValueError, match="instruction set"):
         package.use_isa("neon")  # known, but not in this library
-    assert package.isa() == native_isa().name
+    assert package.isa() == BEST.name
 
 
 def test_tuned_shapes_are_for_their_instruction_set(package: Any) -> None:
     """The made-up ones are for AVX2."""
-    if "avx2" not in native_isa().needs:
+    if "avx2" not in BEST.needs:
         pytest.skip("this CPU has no AVX2")
     shape = (1, 4000, 4096)
-    if native_isa().name != "avx2":
+    if BEST.name != "avx2":
         assert package.choose("q4_K", "fp32", *shape) == "kernelgen_matvec_q4_K_fp32"
     package.use_isa("avx2")
     try:
@@ -116,7 +118,7 @@ def test_tuned_shapes_are_for_their_instruction_set(package: Any) -> None:
         assert package.choose("q4_K", "fp32", 3, *shape[1:]) == "kernelgen_matvec_q4_K_fp32"
         assert tuned in making.multiplies(package, "q4_K", [(1, 1024, 1024)], ("fp32",))
     finally:
-        package.use_isa(native_isa().name)
+        package.use_isa(BEST.name)
 
 
 def test_chooses_like_the_data(package: Any, library: Path) -> None:
@@ -244,7 +246,7 @@ def test_example_in_rust(checkout: Path) -> None:
         pytest.skip("there is no cargo on the path; https://rustup.rs has it")
     lines = commands(EXAMPLES / "rust" / "README.md")
     said = [in_checkout(checkout, line, CARGO_NET_OFFLINE="true") for line in lines][-1]
-    assert said.count("error") == 2 and f"{native_isa().name}, " in said
+    assert said.count("error") == 2 and f"{BEST.name}, " in said
     assert "a GPU would run kernelgen_matvec_q4_K_int8_columns_4 on 16 x 1 groups" in said
 
 

@@ -19,6 +19,7 @@ from kernelgen.packages import plan as planning
 from kernelgen.packages import write
 from kernelgen.targets.package import Arithmetic, spelt
 from kernelgen.tuner import cache, device, lookup, space
+from kernelgen.tuner.problems import MatmulProblem, row_bucket
 from tests.packages import making
 from tests.packages.making import PACKAGED, ROOT, contents, planned
 
@@ -125,12 +126,12 @@ def test_rules_are_those_of_kernelgen(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(runtime), "capabilities", lambda self: target.capabilities)
     for number, (m, n, k, _) in enumerate(making.TUNED):
         for precision in ("fp32", "auto"):
-            problem = space.Problem(fmt, m, n, k, precision)
+            problem = MatmulProblem(fmt, m, n, k, precision=precision)
             legal = space.explore(target, target.capabilities, problem).legal
             one = legal[(97 * number + 13) % len(legal)]
             key = cache.Key(
-                problem.op, fmt.name, precision, target.name, m, n, k, device.of(target, runtime),
-                space.walk_hash(one.walk, fmt, target),
+                problem.op, fmt.name, precision, target.name, tuple(problem.sizes.items()),
+                device.of(target, runtime), space.walk_hash(one.walk, fmt, target),
             )  # fmt: skip
             cache.append(cache.Entry(
                 key, one.walk.name, one.precision, one.config.as_dict(), 1e-3, time=str(number)
@@ -144,7 +145,7 @@ def test_rules_are_those_of_kernelgen(tmp_path: Path, monkeypatch: pytest.Monkey
         for n in (200, 512, 3000, 20000):
             for k in (256, 1024, 8192):
                 for precision in ("fp32", "auto", "int8"):
-                    bucket = space.row_bucket(m)
+                    bucket = row_bucket(m)
                     want = lookup.choose(target, runtime, fmt, precision, (bucket, n, k))
                     got = kernels[package.choose("q4_K", precision, m, n, k)]
                     assert (got.walk.name, got.config) == (want.walk.name, want.config), (

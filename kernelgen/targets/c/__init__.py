@@ -40,15 +40,15 @@ _RESERVED = frozenset(
     "abs_f32 add_blocks add_packed add_values admitted all all_admitted arguments at at_each "
     "auto b base batch before begin begun below beside bits_to_f32 blend_f32 blend_i32 "
     "blend_u32 block blocks break c calloc case char chunk clear_sums code codes column "
-    "columns combine const continue cos count decode decode_keys decode_values default do dot "
-    "dot_keys dot_signed dot_unsigned double each_row else ends entry enum erf exp "
+    "columns combine const continue cos count decode decode_keys decode_values default define "
+    "do dot dot_keys dot_signed dot_unsigned double each_row else ends entry enum erf exp "
     "exp2_falling exp_f32 exp_falling extern f16_at f32_at f32_to_bits f32v fabsf factor "
     "few_rows finish finish_row finite first float floats for free from g gather goto group "
     "groups h half head head0 heads held held_of hi hk i i16_at i16v i32v ids if in_parts "
     "in_parts_beside inline int int16_t int32_t int64_t int8_t integer interleave j j0 k k0 "
     "k_from k_hi k_lo k_to key key_elements key_row keys kt l larger largest largest_lane "
     "largest_of last left line line_of lo load_lanes load_u16 load_u32 log long lookup "
-    "lowest_seven m magnitude malloc many_rows memcpy memset mine most multiply "
+    "lowest_seven m m0 magnitude malloc many_rows memcpy memset mine most multiply "
     "multiply_codes multiply_keys multiply_values n n0 n_to nearest nearest_half negate_bytes "
     "next none_admitted of of_batch offset out p pack pack_keys pack_row pack_values packed "
     "pairs pairs_of_rows part part0 part1 partial parts place prefetch prepare products "
@@ -62,8 +62,8 @@ _RESERVED = frozenset(
     "tiles_begin tiles_end to to_f32 to_i32 together top tops tops_of total totals turn "
     "typedef u u16_at u32_at u32v uint16_t uint32_t uint8_t uintptr_t union unit unseen "
     "unsigned unsigned_to_f32 upper v value value_elements value_row values void volatile w "
-    "weigh weigh_rows weight weights while whole wide widen width words wt x x2 xd xm xq xs y "
-    "ym".split()
+    "weigh weigh_rows weight weights while whole whole_bytes wide widen width words wt x x2 "
+    "xd xm xq xs y ym".split()
 )
 
 
@@ -264,6 +264,8 @@ TARGET = Target(
         "table": _table, "table_type": _table_type, **MAP_GLOBALS, **maps.GLOBALS,
     },
     reserved=_RESERVED | maps.RESERVED,
+    # a process has to ask the system for tiles, which a library should not do unasked
+    unpackaged=frozenset({"matrix"}),
     feature_names={"matrix": "amx_bf16"},
     variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
 )  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.c import TARGET
 from kernelgen.targets.c.compiler import HEADERS
-from kernelgen.targets.c.runtime import ISAS, Isa
+from kernelgen.targets.c.runtime import ISAS as EVERY_ISA
+from kernelgen.targets.c.runtime import Isa
 from kernelgen.targets.package import (
     Choice,
     Content,
@@ -21,6 +22,9 @@ from kernelgen.targets.package import (
     Rule,
     refuse_binaries,
 )
+
+#: instruction sets of the library
+ISAS = tuple(isa for isa in EVERY_ISA if not isa.capabilities.features & TARGET.unpackaged)
 
 #: what the library calls the precisions that may be asked for
 _PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
