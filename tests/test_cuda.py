@@ -213,7 +213,7 @@ def test_words_side_by_side_are_loaded_together(layout: str) -> None:
             assert found is None
             continue
         # of some formats codes lie in a list of rows, or are fewer than sixteen bytes in a group
-        apart = codebook(fmt) or fmt.name in ("nvfp4", "q1_0", "tq1_0")
+        apart = codebook(fmt) or fmt.name in ("nvfp4", "q1_0")
         assert found is not None or layout == "native" or apart, fmt.name
         if found is None:
             continue
