@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from kernelgen import __version__
 from kernelgen.config import Config
@@ -87,12 +88,12 @@ def generate_walk(
     return _render(one, subject, target, chosen, fused)
 
 
-#: kernels by their hashes, in the order in which they were generated
-_generated: dict[tuple[str, str], Kernel] = {}
+#: kernels by their hashes, in the order in which they were generated, while anybody has them
+_generated: WeakValueDictionary[tuple[str, str], Kernel] = WeakValueDictionary()
 
 
 def generated() -> tuple[Kernel, ...]:
-    """The kernels that were generated in this process, with those that they need."""
+    """The kernels that were generated in this process and are in use, with those that they need."""
     return tuple(_generated.values())
 
 
@@ -146,7 +147,8 @@ def _render(one: Walk, subject: Subject, target: Target, config: Config, asked: 
         source=source, hash=digest, notes=notes,
         needs=needs, then=then, fused=fused,
     )  # fmt: skip
-    return _generated.setdefault((target.name, digest), made)
+    _generated[target.name, digest] = made
+    return made
 
 
 def _finish(fused: Fusion, target: Target) -> tuple[tuple[tuple[str, Expr], ...], Expr] | None:

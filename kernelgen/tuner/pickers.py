@@ -85,7 +85,9 @@ class Model:
         left = np.array([self._place[one.id] for one in rest])
         mean, deviation = self._predict(seen, left, y)
         gain = _improvement(y.min() - mean, deviation)
-        best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
+        # rounding may leave less than nothing to gain
+        most = gain.max()
+        best = np.flatnonzero(gain >= most - 1e-9 * abs(most))
         return rest[int(self._rng.choice(best))]
 
     def _predict(self, seen: Places, left: Places, y: Floats) -> tuple[Floats, Floats]:
