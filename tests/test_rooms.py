@@ -104,11 +104,12 @@ MAX_LINES = 600
 
 
 def kernelgen_tree() -> Tree:
-    """Every file that belongs to the package."""
+    """Every file that belongs to the package, but what the tuner measured: data, which has to say
+    what it is about."""
     return {
         path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8")
         for path in sorted(PACKAGE.rglob("*"))
-        if path.is_file() and path.suffix != ".pyc"
+        if path.is_file() and path.suffix != ".pyc" and path.parent.name != "presets"
     }
 
 
