@@ -21,7 +21,7 @@ from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops.epilogue import PLAIN, Fusion
-from kernelgen.problem import MATVEC_ROWS
+from kernelgen.problem import MATVEC_ROWS, row_bucket
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.targets.device import DeviceRuntime
@@ -158,9 +158,7 @@ def _runner_for(
     target: str, w: QuantTensor, m: int, precision: str, max_error: float | None, on_fallback: Any
 ) -> Runner:
     n, k = w.shape
-    # kernels are told apart by each M up to 8, then by powers of two (tuner.space.row_bucket)
-    bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
-    found = _matmul_runner(target, w.format, bucket, n, k, precision, max_error)
+    found = _matmul_runner(target, w.format, row_bucket(m), n, k, precision, max_error)
     if found.fallbacks:
         report(found.fallbacks, on_fallback)
     return found

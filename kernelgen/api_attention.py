@@ -23,12 +23,13 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, call, cast, const
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
+from kernelgen.problem import row_bucket
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.device import DeviceRuntime
 from kernelgen.tensor import QuantTensor
 from kernelgen.tuner import lookup
-from kernelgen.tuner.problems import AttentionProblem, row_bucket
+from kernelgen.tuner.problems import AttentionProblem
 
 Array = npt.NDArray[Any]
 
@@ -186,15 +187,9 @@ def _floats(x: Any, target: str) -> Any:
 @once
 def _kernel(target: str, kind: Attention, shape: Shape, precision: str) -> Kernel:
     """The kernel of a kind, in the configuration that the tuner's cache has for the shape."""
-    runtime = runtime_of(target)
-    reason = runtime.available()
-    if reason is not None:
-        raise TargetError(
-            f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
-        )
+    runtime = api.require(target)
     manifest, caps = target_list.get(target), runtime.capabilities()
-    plain = Attention(kind.head_dim, kind.k, kind.v, kind.value_dim)
-    problem = AttentionProblem(plain, *shape, precision=precision)
+    problem = AttentionProblem(kind.plain, *shape, precision=precision)
     choice = lookup.choose_for(manifest, runtime, problem)
     walk, config = choice.walk, choice.config
     if walk.accepts(kind) or walk.refuses(config, kind, caps):

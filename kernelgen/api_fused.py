@@ -18,7 +18,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr
 from kernelgen.ir.ops import epilogue as ops
 from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Activation, Epilogue, Fusion, Operand, RmsNorm
-from kernelgen.problem import MATVEC_ROWS
+from kernelgen.problem import row_bucket
 from kernelgen.targets.base import Kernel, Product
 from kernelgen.tensor import Interleaved, QuantTensor
 from kernelgen.tuner import lookup
@@ -219,9 +219,8 @@ def _run(
     if y is None:
         y = np.empty((m, n), np.float32)
     if y.size:
-        bucket = m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), 4096)
         kernel, run, fallbacks = _runner(
-            target, fmt, bucket, weight_rows, rows.shape[1], precision, max_error, fused
+            target, fmt, row_bucket(m), weight_rows, rows.shape[1], precision, max_error, fused
         )
         if fallbacks:
             report(fallbacks, on_fallback)

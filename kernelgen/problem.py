@@ -22,10 +22,18 @@ _ROUNDED = {"fp16": 2e-3, "bf16": 1.6e-2}
 #: largest M that counts as a matvec
 MATVEC_ROWS = 8
 
+#: rows of activations above which kernels behave alike
+_MOST_ROWS = 4096
+
 
 def op_for(m: int) -> str:
     """The op that serves M rows of activations."""
     return "matvec" if m <= MATVEC_ROWS else "matmul"
+
+
+def row_bucket(m: int) -> int:
+    """Rows as problems are told apart: each of the first eight, then powers of two."""
+    return m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), _MOST_ROWS)
 
 
 def choose_precision(asked: str, fmt: BlockFormat) -> str:

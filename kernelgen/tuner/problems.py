@@ -14,22 +14,14 @@ from kernelgen.errors import ConfigError, FormatError, ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops.attention import Attention
-from kernelgen.problem import PRECISIONS, choose_precision, op_for
+from kernelgen.problem import PRECISIONS, choose_precision, op_for, row_bucket
 
 #: what may be minimized
 OBJECTIVES = ("time", "energy")
 
-#: rows of activations above which kernels behave alike
-_MOST_ROWS = 4096
-
 #: how many times larger or smaller other sizes than the rows may be in a shape that is near, as
 #: powers of two
 _NEAR = 2.0
-
-
-def row_bucket(m: int) -> int:
-    """Rows as problems are told apart: each of the first eight, then powers of two."""
-    return m if m <= 8 else min(1 << (m - 1).bit_length(), _MOST_ROWS)
 
 
 class Wanted(Protocol):
@@ -280,8 +272,7 @@ class AttentionProblem(Problem):
     @property
     def like(self) -> Attention:
         """Heads and formats alone."""
-        kind = self.kind
-        return Attention(kind.head_dim, kind.k, kind.v, kind.value_dim)
+        return self.kind.plain
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -18,9 +18,9 @@ from typing import Any
 from kernelgen.config import Capabilities, Config
 from kernelgen.errors import TargetError
 from kernelgen.generate import generate_walk
-from kernelgen.problem import PRECISIONS, acceptable
+from kernelgen.problem import PRECISIONS, acceptable, row_bucket
 from kernelgen.targets.base import Subject, Target, Walk
-from kernelgen.tuner.problems import Problem, row_bucket
+from kernelgen.tuner.problems import Problem
 
 
 @dataclass(frozen=True)

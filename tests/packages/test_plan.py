@@ -17,9 +17,10 @@ from kernelgen.generate import generate_walk
 from kernelgen.ir import formats
 from kernelgen.packages import plan as planning
 from kernelgen.packages import write
+from kernelgen.problem import row_bucket
 from kernelgen.targets.package import Arithmetic, spelt
 from kernelgen.tuner import cache, device, lookup, space
-from kernelgen.tuner.problems import MatmulProblem, row_bucket
+from kernelgen.tuner.problems import MatmulProblem
 from tests.packages import making
 from tests.packages.making import PACKAGED, ROOT, contents, planned
 

@@ -133,6 +133,11 @@ class Attention:
         return "_".join(parts)
 
     @property
+    def plain(self) -> Attention:
+        """Its heads and formats alone."""
+        return Attention(self.head_dim, self.k, self.v, self.value_dim)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names that authors chose, which a kernel's source uses: of fields, and of operands."""
         of_formats = (name for fmt in (self.k, self.v) for name in fmt.names)
