@@ -300,16 +300,19 @@ class AttentionCase:
             k, v = (QuantTensor(w.format, w.shape, w.data.copy()) for w in (first.k, first.v))
             self._heads.append(Heads(first.q, k, v, first.arrays))
         self._out = first.result(one.kind)
+        self._prepared: Runtime | None = None
 
     def runner(self, runtime: Runtime, kernel: Kernel) -> Run:
         """The kernel, compiled."""
         return runtime.attention(kernel)
 
     def prepare(self, runtime: Runtime, kernel: Kernel) -> None:
-        """Uploads come with the first call."""
-        run = runtime.attention(kernel)
-        for turn in range(len(self._heads)):
-            self.call(run, turn)
+        """Uploads come with the first call, and serve every kernel."""
+        if self._prepared is not runtime:
+            run = runtime.attention(kernel)
+            for turn in range(len(self._heads)):
+                self.call(run, turn)
+            self._prepared = runtime
 
     def call(self, run: Run, turn: int) -> None:
         """Attend to the keys whose turn it is."""

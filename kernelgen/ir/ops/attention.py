@@ -25,17 +25,15 @@ from kernelgen.errors import ShapeError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import BOOL, F32, I32, Expr, cast, const, number, show, var, walk
+from kernelgen.ir.ops.tensors import MANY, position
 from kernelgen.ir.truth import Box, Truth, truth
 
 Array = npt.NDArray[Any]
 
-#: positions, heads and batches are below this
-_MANY = 2**30
-
 #: variables of score and mask: batch, head of Q, position of the query, position of the key
-B, H, K = (var(name, _MANY) for name in ("b", "h", "k"))
+B, H, K = (var(name, MANY) for name in ("b", "h", "k"))
 #: negative where there are more queries than keys
-Q = Expr("var", I32, attr=("q", -_MANY, _MANY))
+Q = Expr("var", I32, attr=("q", -MANY, MANY))
 #: the score before the user's expression
 S = number("s")
 
@@ -54,15 +52,7 @@ class Operand:
 
     def __getitem__(self, index: Any) -> Expr:
         """An element, by one expression or number for each axis."""
-        indexes = index if isinstance(index, tuple) else (index,)
-        if len(indexes) != len(self.strides):
-            raise ShapeError(
-                f"{self.name} was indexed with {len(indexes)} numbers; it has {len(self.strides)}"
-                " axes"
-            )
-        at: Expr = const(0, I32)
-        for one, stride in zip(indexes, self.strides, strict=True):
-            at = at + (one if isinstance(one, Expr) else const(one, I32)) * var(stride, _MANY)
+        at = position(self.name, self.strides, index)
         return Expr("element", F32 if self.dtype == "f32" else I32, (at,), self.name)
 
 

@@ -68,6 +68,22 @@ def check_type(dtype: str) -> str:
     return dtype
 
 
+def position(name: str, strides: tuple[str | int, ...], index: Any) -> Expr:
+    """Which element of the array of that name an index is, an expression or a number for each
+    axis; raises ShapeError where it has other axes."""
+    indexes = index if isinstance(index, tuple) else (index,)
+    if len(indexes) != len(strides):
+        raise ShapeError(
+            f"{name} was indexed with {len(indexes)} numbers; it has {len(strides)} axes"
+        )
+    at: Expr = const(0, I32)
+    for one, stride in zip(indexes, strides, strict=True):
+        step = const(stride, I32) if isinstance(stride, int) else var(stride, MANY)
+        place = one if isinstance(one, Expr) else const(one, I32)
+        at = at + cast(I32, place) * step
+    return at
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An array that expressions read, by an index along each axis.
@@ -95,17 +111,7 @@ class Tensor:
 
     def __getitem__(self, index: Any) -> Expr:
         """An element as f32, i32, u32 or bool, by an expression or a number for each axis."""
-        indexes = index if isinstance(index, tuple) else (index,)
-        if len(indexes) != len(self.strides):
-            raise ShapeError(
-                f"{self.name} was indexed with {len(indexes)} numbers; it has {len(self.strides)}"
-                " axes"
-            )
-        at: Expr = const(0, I32)
-        for one, stride in zip(indexes, self.strides, strict=True):
-            step = const(stride, I32) if isinstance(stride, int) else var(stride, MANY)
-            place = one if isinstance(one, Expr) else const(one, I32)
-            at = at + cast(I32, place) * step
+        at = position(self.name, self.strides, index)
         field = Field(self.name, self.storage, MANY, 0)
         stored = Expr("load", self.storage.dtype, (at,), field)
         if self.dtype == "bool":
