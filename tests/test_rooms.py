@@ -33,6 +33,7 @@ LEVELS = (
     ("targets.attention", "targets.driver", "targets.maps", "targets.package"),
     # what several targets share
     (
+        "targets.c_family",
         "targets.simt",
         "targets.simt_attention",
         "targets.simt_maps",
@@ -72,8 +73,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "printer", "maps", "simt", "simt_attention", "simt_maps", "driver",
-    "device", "device_package", "emulated", "package", "resident",
+    "attention", "base", "c_family", "printer", "maps", "simt", "simt_attention", "simt_maps",
+    "driver", "device", "device_package", "emulated", "package", "resident",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from kernelgen.config.base import Capabilities, Config, choice
-from kernelgen.config.programs import ProgramConfig
+from kernelgen.config.programs import FloatDots, ProgramConfig
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ class CombineConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """A group must fit the device."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
-        return self.lacks(caps)
+        return caps.crowded(self.threads) or self.lacks(caps)
 
 
 @dataclass(frozen=True)
@@ -131,24 +129,8 @@ class ProgramHalfAttentionConfig(ProgramConfig):
 
 
 @dataclass(frozen=True)
-class ProgramAttentionConfig(ProgramHalfAttentionConfig):
-    """The same in float32.
-
-    dot    how it is multiplied: "ieee": as such; "tf32x3": on matrix units, in parts of fewer bits
-           that together keep all
-    """
-
-    dot: str = choice("ieee", "ieee", "tf32x3")
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Matrix units that multiply parts of float32."""
-        return ("tf32x3",) if self.dot == "tf32x3" else ()
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a number that is multiplied."""
-        return 4
+class ProgramAttentionConfig(FloatDots, ProgramHalfAttentionConfig):
+    """The same in float32."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +218,8 @@ class FragmentAttentionConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """Threads must fit the device; each warp needs rows, and 16 keys of a tile."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        if reason := caps.crowded(self.threads):
+            return reason
         if self.key_warps > self.warps:
             return f"{self.key_warps} warps share the keys; a block has {self.warps}"
         if self.warp_keys < 16:
@@ -310,9 +292,7 @@ class WarpgroupAttentionConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """Threads must fit the device."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
-        return self.lacks(caps)
+        return caps.crowded(self.threads) or self.lacks(caps)
 
     @classmethod
     def default(cls, caps: Capabilities, m: int = 0) -> Self:
@@ -367,9 +347,7 @@ class MatrixAttentionConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """Threads must fit the device."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
-        return self.lacks(caps)
+        return caps.crowded(self.threads) or self.lacks(caps)
 
     @classmethod
     def default(cls, caps: Capabilities, m: int = 0) -> Self:

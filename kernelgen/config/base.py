@@ -36,6 +36,12 @@ class Capabilities:
         missing = [one for one in features if one not in self.features]
         return f"the device lacks {', '.join(missing)}" if missing else None
 
+    def crowded(self, threads: int) -> str | None:
+        """Why so many threads do not make a group, or None."""
+        if threads <= self.max_threads:
+            return None
+        return f"{threads} threads in a group; the device allows {self.max_threads}"
+
 
 def choice(default: Any, *values: Any) -> Any:
     """A field that may take one of `values`."""

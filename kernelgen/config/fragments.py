@@ -50,8 +50,8 @@ class FragmentTileConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """Threads must fit the device, sums the registers."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        if reason := caps.crowded(self.threads):
+            return reason
         if self.sums > 128:
             return f"{self.sums} sums in each thread; 128 fit the registers"
         if self.workers and self.split > 1:
@@ -118,8 +118,8 @@ class BulkTileConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """Threads must fit the device, sums the registers."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        if reason := caps.crowded(self.threads):
+            return reason
         if self.sums > 128:
             return f"{self.sums} sums in each thread; 128 fit the registers"
         return self.lacks(caps)

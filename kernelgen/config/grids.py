@@ -23,9 +23,7 @@ class ThreadsConfig(Config):
 
     def legal(self, caps: Capabilities) -> str | None:
         """A group must fit the device."""
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
-        return self.lacks(caps)
+        return caps.crowded(self.threads) or self.lacks(caps)
 
 
 @dataclass(frozen=True)

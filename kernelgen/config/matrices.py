@@ -70,8 +70,8 @@ class MatrixTileConfig(Config):
         ):
             if tile % (8 * groups):
                 return f"a tile of {tile} along {side} does not divide into {groups} times 8"
-        if self.threads > caps.max_threads:
-            return f"{self.threads} threads in a group; the device allows {caps.max_threads}"
+        if reason := caps.crowded(self.threads):
+            return reason
         kept = 1 if self.longest_sum is None else 2
         registers = kept * self.tile_m * self.tile_n // self.threads
         if registers > SUM_REGISTERS:

@@ -87,6 +87,27 @@ class ProgramDotMatvecConfig(ProgramMatvecConfig):
 
 
 @dataclass(frozen=True)
+class FloatDots(ProgramConfig):
+    """Tiles that are multiplied in float32.
+
+    dot    how: "ieee": as such; "tf32x3": on matrix units, in parts of fewer bits that together
+           keep all
+    """
+
+    dot: str = choice("ieee", "ieee", "tf32x3")
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Matrix units that multiply parts of float32."""
+        return ("tf32x3",) if self.dot == "tf32x3" else ()
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number in a tile."""
+        return 4
+
+
+@dataclass(frozen=True)
 class ProgramHalfTileConfig(ProgramConfig):
     """A program computes tile_m x tile_n results from tiles of about `depth` elements of each row,
     which are rounded to half precision and multiplied on matrix units; sums are float32."""
@@ -110,24 +131,8 @@ class ProgramHalfTileConfig(ProgramConfig):
 
 
 @dataclass(frozen=True)
-class ProgramTileConfig(ProgramHalfTileConfig):
-    """The same in float32.
-
-    dot    how it is multiplied: "ieee": as such; "tf32x3": on matrix units, in parts of fewer bits
-           that together keep all
-    """
-
-    dot: str = choice("ieee", "ieee", "tf32x3")
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Matrix units that multiply parts of float32."""
-        return ("tf32x3",) if self.dot == "tf32x3" else ()
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of a weight in a tile."""
-        return 4
+class ProgramTileConfig(FloatDots, ProgramHalfTileConfig):
+    """The same in float32."""
 
 
 @dataclass(frozen=True)
