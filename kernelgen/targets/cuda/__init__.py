@@ -37,18 +37,13 @@ CAPABILITIES = Capabilities(
 
 # half precision is for tensor cores
 _SHARED = tuple(one for one in simt.walks() if one.precision != "fp16")
-_TENSOR = walks.walks()
 
 TARGET = Target(
     name="cuda",
     description="CUDA C++",
     suffix=".cu",
-    # tensor cores for many rows of activations; for few, a warp a row
     walks=(
-        *_SHARED[:3],
-        *_TENSOR[:7],
-        *_SHARED[3:],
-        *_TENSOR[7:],
+        *walks.walks(_SHARED),
         *simt_attention.walks(),
         *attention.walks(),
         *simt_maps.walks(),
@@ -64,6 +59,7 @@ TARGET = Target(
         "words": "words.cu",
         "parameters": parameters,
         "shape": walks.shape,
+        "half_type": walks.HALF_TYPE,
         "pad": walks.PAD,
         "pad_m": walks.PAD_M,
         "floats": walks.floats,

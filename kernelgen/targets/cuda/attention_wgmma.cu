@@ -1,4 +1,4 @@
-%% set half = {"fp16": "f16", "bf16": "bf16"}[precision]
+%% set half = half_type[precision]
 
 // The same of a matrix whose rows, of 64 numbers in turn, are to be its columns; the next 64 of each
 // of the KEYS rows lie behind the first of all.

@@ -4,3 +4,4 @@ static __device__ __forceinline__ unsigned int halves(float low, float high) {
     asm("cvt.rn.${half}x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+

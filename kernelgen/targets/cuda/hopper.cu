@@ -1,11 +1,7 @@
 // Instructions of compute capability 9.0: barriers in shared memory, copies by an engine of their
 // own, and products of four warps together.
 
-// Where an array in shared memory lies, as the instructions below want it.
-static __device__ __forceinline__ unsigned int shared_address(const void *p) {
-    return (unsigned int)__cvta_generic_to_shared(p);
-}
-
+%% include "shared.cu"
 // A barrier whose phase ends with the arrival of so many, and of all bytes that they expect.
 static __device__ __forceinline__ void barrier_create(unsigned long long *barrier, unsigned int n) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(n)
@@ -61,11 +57,10 @@ static __device__ __forceinline__ void copy_bulk(void *to, const void *from, uns
 }
 
 %% include "warpgroup.cu"
-%% set half = {"fp16": "f16", "bf16": "bf16"}[precision]
+%% set half = half_type[precision]
 %% set n = config.tile_m // 2
 
 %% include "halves.cu"
-
 // Start a product of 64 x 16 and 16 x ${config.tile_m} numbers of type ${half}, added to float32
 // sums: the first factor from registers of four warps, the second from shared memory.
 static __device__ __forceinline__ void multiply(float *sums, const unsigned int *a,
@@ -81,8 +76,5 @@ static __device__ __forceinline__ void multiply(float *sums, const unsigned int 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Code l of a word, at most 255, as a float: put below the exponent of 2^23, which then goes.
-static __device__ __forceinline__ float code_value(unsigned int codes, unsigned int l) {
-    return __uint_as_float(__byte_perm(codes, 0x4B000000u, 0x7440u + l)) - 8388608.0f;
-}
+%% include "code_value.cu"
 

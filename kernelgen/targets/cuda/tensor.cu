@@ -1,10 +1,6 @@
 // Instructions of tensor cores and of asynchronous copies, each by the name of what it does.
 
-// Where an array in shared memory lies, as the instructions below want it.
-static __device__ __forceinline__ unsigned int shared_address(const void *p) {
-    return (unsigned int)__cvta_generic_to_shared(p);
-}
-
+%% include "shared.cu"
 // Start a copy of 16 bytes from global to shared memory that needs no register; of no bytes, it
 // writes zeros.  It goes past the first cache, which would keep what nobody reads again.
 static __device__ __forceinline__ void copy16(unsigned int to, const void *from, unsigned int n) {
@@ -64,10 +60,9 @@ static __device__ __forceinline__ void multiply16(int *sums, const unsigned int 
                  : "r"(a[0]), "r"(a[1]), "r"(b));
 }
 %% else
-%% set half = {"fp16": "f16", "bf16": "bf16"}[precision]
+%% set half = half_type[precision]
 
 %% include "halves.cu"
-
 // A product of 16 x 16 and 16 x 8 numbers of type ${half}, added to float32 sums.
 static __device__ __forceinline__ void multiply(float *sums, const unsigned int *a, unsigned int b0,
                                                 unsigned int b1) {
@@ -77,9 +72,6 @@ static __device__ __forceinline__ void multiply(float *sums, const unsigned int 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Code l of a word, at most 255, as a float: put below the exponent of 2^23, which then goes.
-static __device__ __forceinline__ float code_value(unsigned int codes, unsigned int l) {
-    return __uint_as_float(__byte_perm(codes, 0x4B000000u, 0x7440u + l)) - 8388608.0f;
-}
+%% include "code_value.cu"
 %% endif
 

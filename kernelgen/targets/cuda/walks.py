@@ -348,16 +348,22 @@ def _cast_hopper(precision: str) -> Walk:
     )
 
 
-def walks() -> tuple[Walk, ...]:
-    """Products on tensor cores, and what puts activations into their form."""
-    halves = ("fp16", "bf16")
+#: PTX's names of the precisions that tensor cores multiply in half precision
+HALF_TYPE = {"fp16": "f16", "bf16": "bf16"}
+
+
+def walks(shared: tuple[Walk, ...]) -> tuple[Walk, ...]:
+    """All products, the best guesses first, with those that other targets share, and what puts
+    activations into the form that tensor cores take: these for many rows of activations, and for
+    few a warp a row."""
     return (
-        *(_matmul_hopper(p) for p in halves),
-        *(_matmul("matmul", p) for p in ("int8", *halves)),
+        *(_matmul_hopper(p) for p in HALF_TYPE),
+        *(_matmul("matmul", p) for p in ("int8", *HALF_TYPE)),
         *(_warps(p) for p in ("int8", "fp16")),
-        *(_matmul("matvec", p) for p in ("int8", *halves)),
-        *(_cast(p) for p in halves),
-        *(_cast_hopper(p) for p in halves),
+        *shared,
+        *(_matmul("matvec", p) for p in ("int8", *HALF_TYPE)),
+        *(_cast(p) for p in HALF_TYPE),
+        *(_cast_hopper(p) for p in HALF_TYPE),
     )
 
 
