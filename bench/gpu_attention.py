@@ -96,7 +96,7 @@ def check_attention(context: Context) -> Iterator[Row]:
         for head_dim in (64,) if small else (128, 64, 256, 80):
             found = verify_attention.verify(
                 context.target, [fmt], runtime=context.runtime(), head_dims=[head_dim],
-                queries=(1, 40) if small else verify_attention.QUERIES,
+                queries=(1, 40) if small else (),
             )  # fmt: skip
             for result in found:
                 yield result.as_dict()

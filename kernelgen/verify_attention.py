@@ -1,8 +1,14 @@
-"""Runs attention against the numpy reference: what `kernelgen verify --op attention` does."""
+"""Runs attention against the numpy reference: what `kernelgen verify --op attention` does.
+
+The whole product is every variant of score, mask and keeping, with K and V in every format, in heads
+of every size, each with all numbers of queries, once with as many keys (prefill) and once with more
+(a cache).  A sample of it has every variant and every format and size at least once.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +23,7 @@ from kernelgen.ir.expr import F32, Expr, call, cast, where
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
 from kernelgen.problem import relative_error, rounded, tolerance
-from kernelgen.targets.base import Runtime, Target, Walk
+from kernelgen.targets.base import EMULATED, Runtime, Target, Walk
 from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.verify import Result
 
@@ -31,8 +37,14 @@ HEAD_DIMS = (64, 80, 128, 256)
 #: queries; with as many keys for prefill, with more for decoding
 QUERIES = (1, 7, 64, 257)
 
+#: queries, too, where kernels run and are not emulated
+MANY_QUERIES = 1024
+
 #: keys beyond the queries, when a cache is there
 _CACHED = 100
+
+#: up to so many queries there are two batches, which some masks tell apart; one saves time
+_TWO_BATCHES = 64
 
 
 def _soft_cap(s: Expr, b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
@@ -84,6 +96,25 @@ def kind_of(variant: Variant, fmt: BlockFormat, head_dim: int) -> Attention:
     )  # fmt: skip
 
 
+def kinds(
+    formats: Iterable[BlockFormat],
+    head_dims: Iterable[int] = HEAD_DIMS,
+    variants: Iterable[Variant] = VARIANTS,
+    *,
+    every: bool = True,
+) -> list[tuple[Variant, Attention]]:
+    """The product of these, without heads that are no multiple of a block; or, unless `every` one is
+    wanted, a diagonal of it, in which each variant and each format and size comes up."""
+    heads = [(f, d) for f, d in itertools.product(formats, head_dims) if d % f.block == 0]
+    listed = list(variants)
+    if every:
+        pairs = list(itertools.product(heads, listed))
+    else:
+        count = max(len(heads), len(listed)) if heads and listed else 0
+        pairs = [(heads[i % len(heads)], listed[i % len(listed)]) for i in range(count)]
+    return [(variant, kind_of(variant, fmt, head_dim)) for (fmt, head_dim), variant in pairs]
+
+
 def verify(
     target: Target,
     formats: Iterable[BlockFormat],
@@ -91,22 +122,19 @@ def verify(
     runtime: Runtime | None = None,
     head_dims: Iterable[int] = HEAD_DIMS,
     variants: Iterable[Variant] = VARIANTS,
-    queries: Iterable[int] = QUERIES,
+    queries: Iterable[int] = (),
+    every: bool = True,
 ) -> Iterator[Result]:
-    """Run every kind of attention of a target with K and V in these formats."""
+    """Run every kind of attention of a target with K and V in these formats, or a sample (see
+    `kinds`); by default for all numbers of queries."""
     reach = runtime or target.runtime()
     caps = reach.capabilities()
-    for fmt in formats:
-        for head_dim in head_dims:
-            if head_dim % fmt.block:
-                continue
-            for variant in variants:
-                kind = kind_of(variant, fmt, head_dim)
-                for one in (w for w in target.walks if w.op == "attention"):
-                    if one.accepts(kind) is None and not one.refuses(
-                        one.default(kind, caps), kind, caps
-                    ):
-                        yield _one(target, reach, one, variant, kind, tuple(queries))
+    many = () if reach.how() == EMULATED else (MANY_QUERIES,)
+    chosen = tuple(queries) or (*QUERIES, *many)
+    for variant, kind in kinds(formats, head_dims, variants, every=every):
+        for one in (w for w in target.walks if w.op == "attention"):
+            if one.accepts(kind) is None and not one.refuses(one.default(kind, caps), kind, caps):
+                yield _one(target, reach, one, variant, kind, chosen)
 
 
 def _one(
@@ -140,23 +168,24 @@ def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int, precisio
     return relative_error(y, want)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def _case(
     variant: Variant, kind: Attention, t: int, s: int, precision: str
 ) -> tuple[Array, QuantTensor, QuantTensor, Mapping[str, Array], Array]:
-    """Inputs of two batches and four heads, and what they give as a precision sees them."""
+    """Inputs of one or two batches and four heads, and what they give as a precision sees them."""
     rng = np.random.default_rng(1000 * t + s)
-    heads = 4
-    shared = (2, heads // variant.sharing, s)
+    batches, heads = 2 if t <= _TWO_BATCHES else 1, 4
+    shared = (batches, heads // variant.sharing, s)
     arrays: dict[str, Array] = {}
     if kind.lengths:
-        arrays["lengths"] = np.array([s, s * 2 // 3], np.int32)  # perhaps fewer than queries
+        # perhaps fewer than queries
+        arrays["lengths"] = np.array([s, s * 2 // 3][-batches:], np.int32)
     if kind.page:
         each = -(-s // kind.page)
-        pool = rng.permutation(2 * each + 1)  # one is in no batch
-        arrays["pages"] = pool[: 2 * each].reshape(2, each).astype(np.int32)
+        pool = rng.permutation(batches * each + 1)  # one is in no batch
+        arrays["pages"] = pool[:-1].reshape(batches, each).astype(np.int32)
         shared = (len(pool), heads // variant.sharing, kind.page)
-    q = rng.standard_normal((2, heads, t, kind.head_dim), np.float32)
+    q = rng.standard_normal((batches, heads, t, kind.head_dim), np.float32)
     k = quantize(rng.standard_normal((*shared, kind.head_dim), np.float32), kind.k)
     v = quantize(rng.standard_normal((*shared, kind.value_dim), np.float32), kind.v)
     if variant.operands:

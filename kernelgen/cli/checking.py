@@ -66,6 +66,10 @@ def verify(
     all_configs: Annotated[
         bool, typer.Option("--all-configs", help="Every legal configuration, not only the default.")
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Attention in all kinds, formats and sizes, not a sample."),
+    ] = False,
     epilogue: Epilogues = None,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +107,7 @@ def verify(
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
             attends = attends and not kinds
             for result in itertools.chain(
-                verify_attention.verify(one, caches, runtime=runtime) if attends else (),
+                verify_attention.verify(one, caches, runtime=runtime, every=full) if attends else (),
                 verify_maps.verify(one, mapped, runtime=runtime),
             ):
                 results.append(result)

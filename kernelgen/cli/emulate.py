@@ -339,7 +339,7 @@ def emulate(
         bool, typer.Option("--fast", help="Leave out the checks of each access to memory.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of random arrays, and of the random order.")] = 0,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time limit of a run.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="CPU time that a run may take.")] = 20.0,
     as_json: AsJson = False,
 ) -> None:
     """Run any GPU kernel on the CPU; exit with 1 if it has a bug."""

@@ -20,7 +20,7 @@ KINDS = {
     "instruction": "assembly that the emulator does not know",
     "trap": "the kernel stopped itself: an assertion or a trap",
     "overflow": "a thread used up its stack",
-    "hang": "the time limit was reached",
+    "hang": "the limit of CPU time was reached",
     "order": "the result depends on the order of the threads, and no other finding says why",
     "crash": "the emulator itself, or a kernel that overwrote it, failed",
 }

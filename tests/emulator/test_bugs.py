@@ -123,7 +123,7 @@ def test_a_canary_sees_what_a_plain_run_writes_behind_shared_memory(bugs: Emulat
 @pytest.mark.parametrize(
     ("kernel", "kind", "words"),
     [
-        ("hang", "hang", "0.4 seconds"),
+        ("hang", "hang", "0.4 seconds of CPU time"),
         ("unknown_instruction", "instruction", '"barrier.cluster.arrive.aligned"'),
         ("asserts", "trap", "x[threadIdx.x] < 63"),
     ],

@@ -285,7 +285,7 @@ def _scores(
     """Scores of a tile (B, H, T, S), float64, -inf where the mask does not admit a key; `first`:
     the number of the first batch."""
     (b, h, queries, _), keys = q.shape, k.shape[2]
-    products = np.einsum("bhtd,bhsd->bhts", q[:, :, t.start : t.stop], k[:, :, s.start : s.stop])
+    products = q[:, :, t.start : t.stop] @ k[:, :, s.start : s.stop].swapaxes(2, 3)
     tile: Array = kind.scale * products
     environment = _environment(kind, t, s, first, (b, h, queries, keys), arrays)
     fields = {name: np.ascontiguousarray(a).reshape(-1) for name, a in arrays.items()}
@@ -340,7 +340,7 @@ def _plain(
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(np.asarray(sinks, np.float64)[None, :, None, None] - base)
-    out: Array = np.einsum("bhts,bhsd->bhtd", weights, v)
+    out: Array = weights @ v
     np.divide(out, np.where(total == 0, 1, total), out=out)
     return out
 
@@ -398,7 +398,7 @@ def _flash(
                 shrink = np.exp(largest - base)
                 weights = np.exp(scores - base)
             total = (total * shrink + weights.sum(axis=-1, keepdims=True)).astype(np.float32)
-            part = np.einsum("bhts,bhsd->bhtd", weights, v[:, :, keys.start : keys.stop])
+            part = weights @ v[:, :, keys.start : keys.stop]
             sums, largest = sums * shrink + part, higher
         np.divide(sums, total, out=out[:, :, rows.start : rows.stop], where=total != 0)
     return out
