@@ -45,9 +45,17 @@ def tolerance(kind: Kind) -> float:
     Functions of f32 are off by a few units in the last place, sums by as many as there are levels
     of them.  The error is relative to the root mean square, and the largest of 32000 weights of a
     softmax may be a hundred times that.  A result of fewer bits may come out as its neighbour.
+    Conversions have one right result.
     """
+    if converts(kind):
+        return 0.0
     steps = {"f16": 2.0**-10, "bf16": 2.0**-7, "f8_e4m3": 2.0**-3, "f8_e5m2": 2.0**-2}
     return max(2e-5, *(8 * steps.get(one.dtype, 0.0) for one in written(kind)))
+
+
+def converts(kind: Kind) -> bool:
+    """Whether it is a conversion alone."""
+    return kind.label.startswith("cast_")
 
 
 def raw_type(one: Output) -> npt.DTypeLike:
@@ -68,13 +76,14 @@ def values(one: Output, stored: Array) -> Array:
 
 
 def sample(one: Tensor, m: int, n: int, rng: np.random.Generator) -> Array:
-    """Elements as they lie in memory, in rows with a gap behind each."""
+    """Elements as they lie in memory, in rows an odd number of elements apart."""
     storage = STORED[one.dtype]
     if one.name == "positions":
         return rng.integers(0, 1 << 20, m).astype(np.int32)
     if one.name in ("turns", "rest"):
         return rope.turns(rope.frequencies(library.HEAD_DIM))[one.name == "rest"]
-    size = {"sinks": (m,), "weight": (n,), "bias": (n,)}.get(one.name, (m, n + 3))
+    odd = (n | 1) + 2
+    size = {"sinks": (m,), "weight": (n,), "bias": (n,)}.get(one.name, (m, odd))
     normal = (3 * rng.standard_normal(size)).astype(np.float32)
     if one.dtype == "f32":
         found: Array = normal
@@ -119,7 +128,13 @@ def _one(
             # the library's rotary positions are of one head size, top-k takes as many columns
             width = library.HEAD_DIM if kind.label.startswith("rope") else n
             errors.append(check(run, kind, m, max(width, 8 if kind.label == "top8" else 1)))
-        if max(errors) > bound:
+        if converts(kind):
+            numbers = numbers_of(kind.inputs[0].dtype)
+            wrong = wrong_conversions(run, kind, numbers)
+            errors.append(0.0 if not wrong else float("inf"))
+            if wrong:
+                problem = f"{wrong} of {numbers.size} numbers are converted wrongly"
+        if problem is None and max(errors) > bound:
             problem = f"error {max(errors):.3g} exceeds {bound:.3g}"
     except KernelgenError as error:
         problem = str(error)
@@ -140,6 +155,32 @@ def check(run: Any, kind: Kind, m: int, n: int) -> float:
         relative_error(values(one, found[one.name]), values(one, want[one.name]))
         for one in written(kind)
     )
+
+
+def numbers_of(dtype: str) -> Array:
+    """Numbers of a type, as they lie in memory: all where it has 16 bits or fewer.  Of f32 those
+    next to numbers of fewer bits and to what lies halfway between two, and random ones."""
+    if dtype != "f32":
+        every = np.arange(1 << FLOATS[dtype].width, dtype=_RAW[STORED[dtype].nbytes])
+        return every.view(np.float16) if dtype == "f16" else every
+    top = np.arange(1 << 16, dtype=np.uint32) << 16
+    near = [top + np.uint32(d) for d in (0, 0x7FFF, 0x8000, 0x8001)]
+    half = np.arange(0x33000000, 0x48000000, 1 << 12, dtype=np.uint32)  # where float16 lies
+    near += [half, half + np.uint32(1), half - np.uint32(1), half | np.uint32(1 << 31)]
+    near.append(np.random.default_rng(1).integers(0, 1 << 32, 1 << 16, np.uint32))
+    return np.concatenate(near).view(np.float32)
+
+
+def wrong_conversions(run: Any, kind: Kind, numbers: Array) -> int:
+    """How many of these numbers do not become what they should, to the bit; NaN is NaN."""
+    arrays = {kind.inputs[0].name: numbers.reshape(1, -1)}
+    found, want = poisoned(kind, 1, numbers.size), reference(kind, arrays, 1, numbers.size)
+    run(arrays, 1, numbers.size, found)
+    (one,) = kind.outputs
+    got, right = found[one.name], want[one.name].astype(raw_type(one))
+    same = np.isnan(values(one, got)) & np.isnan(values(one, right))
+    width = f"u{one.storage.nbytes}"
+    return int(np.count_nonzero((got.view(width) != right.view(width)) & ~same))
 
 
 def poisoned(kind: Kind, m: int, n: int) -> dict[str, Array]:
