@@ -3,9 +3,9 @@
     python -m bench.gated [--shape 14336x4096] [--rows 1,32] [--repeats 15] [--cpu]
 
 gate and up in q4_K, int8 activations, silu.  The parts are two products and numpy's gate, into
-arrays that are there.  Each has a gate and an up of its own, of the same numbers, so that none finds
-in the caches what another has read.  Medians of interleaved repeats, in milliseconds; with --cpu
-those of the time that processors spent, which load on the machine changes less: set
+arrays that are there.  Each has a gate and an up of its own, of the same numbers, so that none
+finds in the caches what another has read.  Medians of interleaved repeats, in milliseconds; with
+--cpu those of the time that processors spent, which load on the machine changes less: set
 OMP_NUM_THREADS=1 with it.
 """
 

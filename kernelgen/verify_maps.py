@@ -164,7 +164,7 @@ def numbers_of(dtype: str) -> Array:
         every = np.arange(1 << FLOATS[dtype].width, dtype=_RAW[STORED[dtype].nbytes])
         return every.view(np.float16) if dtype == "f16" else every
     top = np.arange(1 << 16, dtype=np.uint32) << 16
-    near = [top + np.uint32(d) for d in (0, 0x7FFF, 0x8000, 0x8001)]
+    near: list[Array] = [top + np.uint32(d) for d in (0, 0x7FFF, 0x8000, 0x8001)]
     half = np.arange(0x33000000, 0x48000000, 1 << 12, dtype=np.uint32)  # where float16 lies
     near += [half, half + np.uint32(1), half - np.uint32(1), half | np.uint32(1 << 31)]
     near.append(np.random.default_rng(1).integers(0, 1 << 32, 1 << 16, np.uint32))
