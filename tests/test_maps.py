@@ -20,9 +20,10 @@ from kernelgen.ir.ops import functions as f
 from kernelgen.ir.ops import library, maps, rows
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Reduction, Rows
+from kernelgen.ir.ops.samples import numbers_of, poisoned, raw_type
 from kernelgen.ir.ops.tensors import COL, ROW, Output, Tensor
 from kernelgen.targets.base import Kernel
-from kernelgen.verify_maps import numbers_of, poisoned, raw_type, verify, wrong_conversions
+from kernelgen.verify_maps import verify, wrong_conversions
 from tests.cuda_binaries import compiled, why_no_compiler
 from tests.map_cases import (
     FLOATS,
