@@ -3,8 +3,10 @@
     python -m bench.gated [--shape 14336x4096] [--rows 1,32] [--repeats 15] [--cpu]
 
 gate and up in q4_K, int8 activations, silu.  The parts are two products and numpy's gate, into
-arrays that are there.  Medians of interleaved repeats, in milliseconds; with --cpu those of the
-time that processors spent, which load on the machine changes less: set OMP_NUM_THREADS=1 with it.
+arrays that are there.  Each has a gate and an up of its own, of the same numbers, so that none
+finds in the caches what another has read.  Medians of interleaved repeats, in milliseconds; with
+--cpu those of the time that processors spent, which load on the machine changes less: set
+OMP_NUM_THREADS=1 with it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,31 +37,33 @@ def weights(n: int, k: int, seed: int) -> QuantTensor:
     return QuantTensor(fmt, (n, k), np.resize(rows, (n, rows.shape[1])))
 
 
-def calls(m: int, gate: QuantTensor, up: QuantTensor) -> dict[str, Callable[[], object]]:
+def calls(m: int, pairs: Sequence[tuple[QuantTensor, QuantTensor]]) -> dict[
+    str, Callable[[], object]
+]:  # fmt: skip
     """What is compared, for m rows of activations."""
-    n, k = gate.shape
+    n, k = pairs[0][0].shape
     x = np.random.default_rng(m).standard_normal((m, k), np.float32)
     g, u, t, y = (np.empty((m, n), np.float32) for _ in range(4))
 
-    def products() -> None:
+    def products(gate: QuantTensor, up: QuantTensor) -> None:
         kernelgen.matmul(x, gate, out=g, target="c")
         kernelgen.matmul(x, up, out=u, target="c")
 
     def parts() -> None:
-        products()
+        products(*pairs[0])
         with np.errstate(over="ignore"):
             np.exp(np.negative(g, out=t), out=t)
         np.divide(g, np.add(t, np.float32(1), out=t), out=t)
         np.multiply(t, u, out=t)
 
     def fused() -> None:
-        kernelgen.gated_matmul(x, gate, up, out=y, target="c")
+        kernelgen.gated_matmul(x, *pairs[2], out=y, target="c")
 
     parts()
     fused()
     off = float(np.abs(t - y).max() / np.sqrt(np.mean(np.square(t))))
     assert off < 1e-5, f"results differ by {off}"
-    return {"parts": parts, "products alone": products, "fused": fused}
+    return {"parts": parts, "products alone": lambda: products(*pairs[1]), "fused": fused}
 
 
 def main() -> None:
@@ -75,9 +79,9 @@ def main() -> None:
     print(f"{threads()} threads, instruction set {runtime().isa.name}, N x K = {n} x {k}")
     if (why := busy()) is not None:
         print(why)
-    gate, up = weights(n, k, 0), weights(n, k, 1)
+    pairs = [(weights(n, k, 0), weights(n, k, 1)) for _ in range(3)]
     for m in map(int, given.rows.split(",")):
-        compared = calls(m, gate, up)
+        compared = calls(m, pairs)
         samples: dict[str, list[float]] = {name: [] for name in compared}
         for _ in range(given.repeats):
             for name, call in compared.items():

@@ -15,16 +15,19 @@ from numpy.lib.stride_tricks import as_strided
 
 from kernelgen import api
 from kernelgen import targets as target_list
+from kernelgen.dispatch import once
 from kernelgen.errors import ShapeError, TargetError
 from kernelgen.generate import generate_walk
 from kernelgen.ir.expr import BOOL, F32, U32, Expr
 from kernelgen.ir.ops import functions, maps
 from kernelgen.ir.ops.maps import Map
+from kernelgen.ir.ops.rows import Kind as Kind
 from kernelgen.ir.ops.rows import Rows
 from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
+from kernelgen.tuner import lookup
+from kernelgen.tuner.problems import MapProblem
 
 Array = npt.NDArray[Any]
-Kind = Map | Rows
 
 #: elements of what a kernel is given at once: buffers of 128 MiB, as every device has them
 _PIECE = 1 << 25
@@ -107,9 +110,10 @@ def outputs(
     return made, filled
 
 
-@functools.lru_cache(maxsize=1024)
-def _runner(target: str, kind: Kind) -> Any:
-    """The compiled kernel of a kind, ready to be called."""
+@once
+def _runner(target: str, kind: Kind, rows: int, columns: int) -> Any:
+    """The compiled kernel of a kind, ready to be called, in the configuration that the tuner's
+    cache has for such arrays."""
     runtime = api.runtime_of(target)
     reason = runtime.available()
     if reason is not None:
@@ -117,9 +121,13 @@ def _runner(target: str, kind: Kind) -> Any:
             f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
         )
     manifest = target_list.get(target)
-    walk = manifest.walk("map" if isinstance(kind, Map) else "rows", kind)
-    config = walk.default(kind, runtime.capabilities())
-    return runtime.apply(generate_walk(walk, kind, manifest, config))
+    choice = lookup.choose_for(manifest, runtime, MapProblem(kind, rows, columns))
+    return runtime.apply(generate_walk(choice.walk, kind, manifest, choice.config))
+
+
+def _bucket(size: int) -> int:
+    """Rows or columns as kernels are told apart by them."""
+    return 1 << (max(1, size) - 1).bit_length()
 
 
 def run(
@@ -143,7 +151,7 @@ def run(
             f"an array whose first and last element lie {far} elements apart was given; fewer than"
             " 2^31 are allowed"
         )
-    run = _runner(target or api.default_target(), kind)
+    run = _runner(target or api.default_target(), kind, _bucket(min(m, _PIECE)), _bucket(n))
     same, each = set(shared), {o.name for o in kind.outputs}
     flat = {
         name: a.reshape(m, n) if name in each else a.reshape(m, *([-1] * (a.size > m)))

@@ -1,6 +1,7 @@
 """What users call from Python: the ops between matmuls.
 
-Functions of elements take arrays or, inside a `kernelgen.map`, expressions.
+Functions of elements take arrays or, inside a `kernelgen.map`, expressions.  `dtype` is that of the
+result, by default that of the arrays where these agree; all compute in float32.
 """
 
 from __future__ import annotations
@@ -44,53 +45,62 @@ def _each(function: Callable[..., Expr], name: str, *given: Any, **options: Any)
     return _library(function, name)(*given, **options)
 
 
-def silu(x: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def silu(x: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None) -> Any:
     """x * sigmoid(x)."""
-    return _each(f.silu, "silu", x, target=target, out=out)
+    return _each(f.silu, "silu", x, dtype=dtype, target=target, out=out)
 
 
 def gelu(
-    x: Any, approximate: str = "none", *, target: str | None = None, out: Array | None = None
+    x: Any,
+    approximate: str = "none",
+    *,
+    dtype: Any = None,
+    target: str | None = None,
+    out: Array | None = None,
 ) -> Any:
     """x * (1 + erf(x / sqrt(2))) / 2; with approximate="tanh" by its usual approximation."""
-    return _each(_gelu_of(approximate), f"gelu_{approximate}", x, target=target, out=out)
+    function, suffix = _gelu_of(approximate)
+    return _each(function, f"gelu{suffix}", x, dtype=dtype, target=target, out=out)
 
 
-def _gelu_of(approximate: str) -> Callable[..., Expr]:
-    known = {"none": f.gelu, "tanh": f.gelu_tanh}
+def _gelu_of(approximate: str) -> tuple[Callable[..., Expr], str]:
+    """The function, and what its name ends with."""
+    known = {"none": (f.gelu, ""), "tanh": (f.gelu_tanh, "_tanh")}
     if approximate not in known:
         raise ShapeError(f"gelu was asked for with approximate={approximate!r}; none, tanh are")
     return known[approximate]
 
 
-def relu(x: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def relu(x: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None) -> Any:
     """x where it is above 0, else 0; NaN stays."""
-    return _each(f.relu, "relu", x, target=target, out=out)
+    return _each(f.relu, "relu", x, dtype=dtype, target=target, out=out)
 
 
-def sigmoid(x: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def sigmoid(
+    x: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None
+) -> Any:
     """1 / (1 + exp(-x))."""
-    return _each(f.sigmoid, "sigmoid", x, target=target, out=out)
+    return _each(f.sigmoid, "sigmoid", x, dtype=dtype, target=target, out=out)
 
 
-def tanh(x: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def tanh(x: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None) -> Any:
     """The hyperbolic tangent."""
-    return _each(f.tanh, "tanh", x, target=target, out=out)
+    return _each(f.tanh, "tanh", x, dtype=dtype, target=target, out=out)
 
 
 def _swiglu(gate: Expr, up: Expr) -> Expr:
     return f.silu(gate) * f.number(up)
 
 
-def swiglu(gate: Any, up: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def swiglu(
+    gate: Any, up: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None
+) -> Any:
     """silu(gate) * up (Shazeer, 2020)."""
-    return _each(_swiglu, "swiglu", gate, up, target=target, out=out)
+    return _each(_swiglu, "swiglu", gate, up, dtype=dtype, target=target, out=out)
 
 
 @functools.cache
-def _geglu_of(approximate: str) -> Callable[..., Expr]:
-    function = _gelu_of(approximate)
-
+def _geglu_of(function: Callable[..., Expr]) -> Callable[..., Expr]:
     def geglu(gate: Expr, up: Expr) -> Expr:
         return function(gate) * f.number(up)
 
@@ -102,12 +112,14 @@ def geglu(
     up: Any,
     approximate: str = "none",
     *,
+    dtype: Any = None,
     target: str | None = None,
     out: Array | None = None,
 ) -> Any:
     """gelu(gate) * up (Shazeer, 2020)."""
-    name = f"geglu_{approximate}"
-    return _each(_geglu_of(approximate), name, gate, up, target=target, out=out)
+    function, suffix = _gelu_of(approximate)
+    gated = _geglu_of(function)
+    return _each(gated, f"geglu{suffix}", gate, up, dtype=dtype, target=target, out=out)
 
 
 def _add(x: Expr, y: Expr) -> Expr:
@@ -118,14 +130,18 @@ def _mul(x: Expr, y: Expr) -> Expr:
     return x * y
 
 
-def add(x: Any, y: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def add(
+    x: Any, y: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None
+) -> Any:
     """x + y."""
-    return _each(_add, "add", x, y, target=target, out=out)
+    return _each(_add, "add", x, y, dtype=dtype, target=target, out=out)
 
 
-def mul(x: Any, y: Any, *, target: str | None = None, out: Array | None = None) -> Any:
+def mul(
+    x: Any, y: Any, *, dtype: Any = None, target: str | None = None, out: Array | None = None
+) -> Any:
     """x * y."""
-    return _each(_mul, "mul", x, y, target=target, out=out)
+    return _each(_mul, "mul", x, y, dtype=dtype, target=target, out=out)
 
 
 def _same(x: Expr) -> Expr:
@@ -140,7 +156,8 @@ def cast(x: Any, dtype: Any, *, target: str | None = None, out: Array | None = N
     zero that the type has, NaN 0; an integer that does not fit another type loses its highest bits.
     """
     named = type_of(dtype)
-    result: Array = _library(_same, "cast")(x, target=target, dtype=named, out=out)
+    label = f"cast_{named}"
+    result: Array = _library(_same, label)(x, target=target, dtype=named, out=out)
     return result
 
 
@@ -263,16 +280,7 @@ def rms_norm(
 
     With `residual` it is of x + residual, and the result is (norm, x + residual).
     """
-    x = _rows_of(x, "rms_norm")
-    call = _Call(x)
-    kind = rows.rms_norm(
-        call.rows("x", x),
-        None if weight is None else call.columns("weight", weight),
-        eps=float(eps),
-        residual=None if residual is None else call.rows("residual", residual),
-        dtype=_float_type(x, dtype),
-    )
-    return call.run(kind, target, out)
+    return _normed(rows.rms_norm, x, eps, residual, dtype, target, out, weight=weight)
 
 
 def layer_norm(
@@ -290,12 +298,19 @@ def layer_norm(
 
     With `residual` it is of x + residual, and the result is (norm, x + residual).
     """
-    x = _rows_of(x, "layer_norm")
+    return _normed(rows.layer_norm, x, eps, residual, dtype, target, out, weight=weight, bias=bias)
+
+
+def _normed(
+    norm: Callable[..., Rows], x: Any, eps: float, residual: Any, dtype: Any, target: str | None,
+    out: Any, **shared: Any,
+) -> Any:  # fmt: skip
+    """A norm of x, or of x + residual; `shared`: arrays that all rows share, or None."""
+    x = _rows_of(x, norm.__name__)
     call = _Call(x)
-    kind = rows.layer_norm(
+    kind = norm(
         call.rows("x", x),
-        None if weight is None else call.columns("weight", weight),
-        None if bias is None else call.columns("bias", bias),
+        **{name: None if a is None else call.columns(name, a) for name, a in shared.items()},
         eps=float(eps),
         residual=None if residual is None else call.rows("residual", residual),
         dtype=_float_type(x, dtype),
@@ -413,6 +428,7 @@ def rope(
         neighbours=pairing == "neighbours",
         magnitude=turning.magnitude(scaling),
         dtype=_float_type(x, dtype),
+        label="rope" if pairing == "half" else "rope_neighbours",
     )
     result: Array = call.run(kind, target, out)
     return result

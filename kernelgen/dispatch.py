@@ -238,7 +238,7 @@ def of_choice(
     if asked == "auto" and (max_error is not None or choice.entry is not None):
         wanted = kernel.precision  # a bound, or what was measured, decides about it
     found = []
-    if kernel.precision != wanted:
+    if kernel.precision not in ("", wanted):
         which = wanted if asked == wanted else f"{wanted} (for {asked})"
         found.append(
             Fallback(

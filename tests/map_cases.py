@@ -16,10 +16,10 @@ from kernelgen import targets
 from kernelgen.generate import generate_walk
 from kernelgen.ir.ops import library, rope
 from kernelgen.ir.ops.maps import Map
+from kernelgen.ir.ops.samples import poisoned, sample
 from kernelgen.targets.base import EMULATED, Runtime
 from kernelgen.targets.device import DeviceRuntime
 from kernelgen.targets.maps import Kind, written
-from kernelgen.verify_maps import poisoned, sample
 from tests.device_checks import GuardedDriver
 
 Array = npt.NDArray[Any]

@@ -20,9 +20,10 @@ from kernelgen.ir.ops import functions as f
 from kernelgen.ir.ops import library, maps, rows
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Reduction, Rows
+from kernelgen.ir.ops.samples import numbers_of, poisoned, raw_type
 from kernelgen.ir.ops.tensors import COL, ROW, Output, Tensor
 from kernelgen.targets.base import Kernel
-from kernelgen.verify_maps import poisoned, raw_type, verify
+from kernelgen.verify_maps import verify, wrong_conversions
 from tests.cuda_binaries import compiled, why_no_compiler
 from tests.map_cases import (
     FLOATS,
@@ -195,15 +196,6 @@ def test_a_row_without_numbers(target: str) -> None:
 # ---- conversions
 
 
-def edges() -> Array:
-    """Float32 around every number of 16 bits and fewer, and halfway between two."""
-    top = np.arange(1 << 16, dtype=np.uint32) << 16
-    near = [top + np.uint32(d) for d in (0, 0x7FFF, 0x8000, 0x8001)]
-    half = np.arange(0x33000000, 0x48000000, 1 << 12, dtype=np.uint32)  # where float16 lies
-    near += [half, half + np.uint32(1), half - np.uint32(1), half | np.uint32(1 << 31)]
-    return np.concatenate(near).view(np.float32)
-
-
 def same_bits(got: Array, want: Array) -> None:
     """The same numbers to the bit, and NaN where there is one."""
     width = f"u{want.itemsize}"
@@ -214,29 +206,30 @@ def same_bits(got: Array, want: Array) -> None:
     assert not different.any(), (got.view(width)[different][:4], want.view(width)[different][:4])
 
 
+def to_fewer_bits(target: str, dtype: str, x: Array) -> None:
+    """Float32 becomes what ml_dtypes makes of it."""
+    kind = library.get(f"cast_{dtype}")
+    found = poisoned(kind, 1, x.size)
+    apply(target, kind)({"x": x.reshape(1, -1)}, 1, x.size, found)
+    with np.errstate(over="ignore", invalid="ignore"):
+        same_bits(found["out"].reshape(-1), x.astype(FLOATS[dtype]))
+
+
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("target", VARIANTS)
 def test_to_fewer_bits(target: str, dtype: str) -> None:
-    fast = target in RUN
-    x = np.random.default_rng(1).integers(0, 1 << 32, 1 << 16 if fast else 512, np.uint32)
-    every = np.concatenate([x.view(np.float32), edges()[:: 1 if fast else 509]])
-    kind = library.get(f"cast_{dtype}")
-    found = poisoned(kind, 1, every.size)
-    apply(target, kind)({"x": every.reshape(1, -1)}, 1, every.size, found)
-    with np.errstate(over="ignore", invalid="ignore"):
-        same_bits(found["out"].reshape(-1), every.astype(FLOATS[dtype]))
+    to_fewer_bits(target, dtype, numbers_of("f32")[:: 1 if target in RUN else 97])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
 @pytest.mark.parametrize("target", VARIANTS)
 def test_from_fewer_bits(target: str, dtype: str) -> None:
-    bits = np.arange(1 << FLOAT_TYPES[dtype].width, dtype=np.uint32)
-    bits = bits.astype(f"u{FLOATS[dtype](0).itemsize}")[:: 1 if target in RUN else 37]
+    """Every number of a type, on every target."""
+    given = numbers_of(dtype)
     kind = library.get("cast_f32", dtype)
-    given = bits.view(np.float16) if dtype == "f16" else bits
-    found = poisoned(kind, 1, bits.size)
-    apply(target, kind)({"x": given.reshape(1, -1)}, 1, bits.size, found)
-    same_bits(found["out"].reshape(-1), bits.view(FLOATS[dtype]).astype(np.float32))
+    found = poisoned(kind, 1, given.size)
+    apply(target, kind)({"x": given.reshape(1, -1)}, 1, given.size, found)
+    same_bits(found["out"].reshape(-1), given.view(FLOATS[dtype]).astype(np.float32))
 
 
 @pytest.mark.slow
@@ -244,19 +237,21 @@ def test_from_fewer_bits(target: str, dtype: str) -> None:
 @pytest.mark.parametrize("target", VARIANTS)
 def test_a_million_conversions(target: str, dtype: str) -> None:
     x = np.random.default_rng(7).integers(0, 1 << 32, 1 << 20, np.uint32)
-    every = np.concatenate([x.view(np.float32), edges()])
-    kind = library.get(f"cast_{dtype}")
-    found = poisoned(kind, 1, every.size)
-    apply(target, kind)({"x": every.reshape(1, -1)}, 1, every.size, found)
-    with np.errstate(over="ignore", invalid="ignore"):
-        same_bits(found["out"].reshape(-1), every.astype(FLOATS[dtype]))
-    bits = np.arange(1 << FLOAT_TYPES[dtype].width, dtype=np.uint32)
-    bits = bits.astype(f"u{FLOATS[dtype](0).itemsize}")
-    kind = library.get("cast_f32", dtype)
-    given = bits.view(np.float16) if dtype == "f16" else bits
-    found = poisoned(kind, 1, bits.size)
-    apply(target, kind)({"x": given.reshape(1, -1)}, 1, bits.size, found)
-    same_bits(found["out"].reshape(-1), bits.view(FLOATS[dtype]).astype(np.float32))
+    to_fewer_bits(target, dtype, np.concatenate([x.view(np.float32), numbers_of("f32")]))
+
+
+def test_a_wrong_conversion_is_seen() -> None:
+    """Of one number, a NaN that is none, and the sign of a zero."""
+    kind = library.get("cast_f16")
+    run = apply("numpy", kind)
+    x = np.array([1.5, np.nan, 0.0, -2.0], np.float32)
+
+    def wrong(inputs: Any, m: int, n: int, outputs: Any) -> None:
+        run(inputs, m, n, outputs)
+        outputs["out"][0, :3] ^= np.array([1, 0x7FFF, 0x8000], np.uint16)
+
+    assert wrong_conversions(run, kind, x) == 0
+    assert wrong_conversions(wrong, kind, x) == 3
 
 
 # ---- configurations, files, refusals

@@ -35,6 +35,7 @@ from kernelgen.dispatch import decide, of_choice
 from kernelgen.errors import ShapeError, TargetError, TuningError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention, causal, trace
 from kernelgen.problem import PRECISIONS
 from kernelgen.targets.base import Runtime, Target
@@ -45,6 +46,7 @@ from kernelgen.tuner.problems import (
     OBJECTIVES,
     Asked,
     AttentionProblem,
+    MapProblem,
     MatmulProblem,
     Problem,
 )
@@ -74,14 +76,28 @@ MaxError = Annotated[
 
 _SHAPES = (
     "Of matmul MxNxK: rows of activations, rows of weights, columns. Of attention BxHxHKxTxSxD:"
-    " batches, heads of q, heads of k and v, queries, keys, elements of a head."
+    " batches, heads of q, heads of k and v, queries, keys, elements of a head. Of a map or row"
+    " reduction RxC: rows, columns."
 )
 TunedOp = Annotated[
-    str, typer.Option("--op", help="matmul (matvec for a few rows) or attention (causal).")
+    str,
+    typer.Option(
+        "--op",
+        help="matmul (matvec for a few rows), attention (causal), or a map or row reduction by its"
+        " name, as softmax.",
+    ),
 ]
 
+_OF_MAPS = "RxC"
+
 #: sizes of a shape as it is written, by op
-_SIZES = {"matmul": "MxNxK", "attention": "BxHxHKxTxSxD"}
+_SIZES = {
+    "matmul": "MxNxK", "matvec": "MxNxK", "attention": "BxHxHKxTxSxD",
+    **dict.fromkeys(library.NAMES, _OF_MAPS),
+}  # fmt: skip
+
+#: shapes of as many sizes, for messages
+_EXAMPLES = {2: "4096x4096", 3: "1x4096x4096", 6: "1x32x8x1x4096x128"}
 
 
 def tune(
@@ -231,6 +247,8 @@ def _problems(
                 yield MatmulProblem(fmt, m, n, k, **vars(asked))
         return
     shapes = split_names(shape)
+    if _sizes_of(op) == _OF_MAPS and not format:
+        format = ["f32"]
     if not shapes or not format:
         raise ShapeError(
             "nothing was said about what to tune; give --format and --shape, as --format q4_K"
@@ -242,21 +260,29 @@ def _problems(
             yield problem_of(op, fmt, text, asked)
 
 
+def _sizes_of(op: str) -> str:
+    """The sizes of a shape of an op, as they are written."""
+    if op not in _SIZES:
+        raise TuningError(
+            f"{op} was asked about; what is tuned is matmul, attention, {', '.join(library.NAMES)}"
+        )
+    return _SIZES[op]
+
+
 def problem_of(op: str, fmt: BlockFormat, shape: str, asked: Asked) -> Problem:
     """The problem that the command line describes; attention is causal, with K and V in one
-    format."""
-    sizes = _SIZES.get("matmul" if op == "matvec" else op)
-    if sizes is None:
-        raise TuningError(f"{op} was asked about; what is tuned is {', '.join(_SIZES)}")
+    format, and a map or row reduction one of the library, of elements of the format's type."""
+    sizes = _sizes_of(op)
     count = sizes.count("x") + 1
     numbers = re.findall(r"\d+", shape)
     if "x".join(numbers) != shape.lower() or len(numbers) != count or "0" in numbers:
-        example = {"matmul": "1x4096x4096", "attention": "1x32x8x1x4096x128"}[
-            "matmul" if count == 3 else "attention"
-        ]
         raise ShapeError(
-            f"shape {shape!r} was given; write {sizes} with {count} numbers above 0, as {example}"
+            f"shape {shape!r} was given; write {sizes} with {count} numbers above 0, as"
+            f" {_EXAMPLES[count]}"
         )
+    if count == 2:
+        r, c = map(int, numbers)
+        return MapProblem.of(op, fmt.name, r, c, asked)
     given = vars(asked)
     if count == 3:
         m, n, k = map(int, numbers)
@@ -381,7 +407,9 @@ def _as_dict(target: Target, one: Report) -> dict[str, Any]:
 
 
 def explain(
-    op: Annotated[str, typer.Argument(metavar="OP", help="matmul, or matvec: one of few rows.")],
+    op: Annotated[
+        str, typer.Argument(metavar="OP", help="matmul, or matvec: one of few rows; or as in tune.")
+    ],
     format: Annotated[str, typer.Argument(metavar="FORMAT", help="A format, in any case.")],
     shape: Annotated[
         str, typer.Option("--shape", metavar="SHAPE", help=_SHAPES)

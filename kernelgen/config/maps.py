@@ -30,10 +30,13 @@ class CRowsConfig(Config):
     stream   as in maps
     ahead    rows ahead of the one that is written that are asked for from memory; 0: the machine
              sees for itself
+    during   the pass over a row that asks for them: the last of the reductions, or that of outputs,
+             which has memory to itself to write to
     """
 
     stream: int = choice(4, 0, 1, 4, 16, 64)
     ahead: int = choice(1, 0, 1, 2)
+    during: str = choice("reductions", "reductions", "outputs")
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kernelgen.ir.expr import BOOL, F32, Expr, number, rebuild, transform
-from kernelgen.ir.ops.maps import Map
-from kernelgen.ir.ops.rows import Reduction, Rows
+from kernelgen.ir.ops.rows import Kind as Kind
+from kernelgen.ir.ops.rows import Reduction, Rows, per_row
+from kernelgen.ir.ops.rows import written as written
 from kernelgen.ir.ops.tensors import Output, brief, reads_of, strides_of
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
 from kernelgen.targets.base import Argument
 
 Array = npt.NDArray[Any]
-
-Kind = Map | Rows
 
 #: runs a kernel: arrays that are read by name, as they lie in memory; rows; columns; arrays that
 #: are written by name, C-contiguous, of integers as wide as their elements, or of float32
@@ -29,19 +28,9 @@ Apply = Callable[[Mapping[str, Array], int, int, Mapping[str, Array]], None]
 SIZES = ("ROWS", "COLUMNS")
 
 
-def per_row(kind: Kind) -> tuple[Output, ...]:
-    """What is written for each row."""
-    return kind.results if isinstance(kind, Rows) else ()
-
-
 def passes_of(kind: Kind) -> tuple[tuple[Reduction, ...], ...]:
     """Reductions by pass."""
     return kind.passes if isinstance(kind, Rows) else ()
-
-
-def written(kind: Kind) -> tuple[Output, ...]:
-    """Arrays that are written: of results of a row that share one, the first."""
-    return (*kind.outputs, *(one for one in per_row(kind) if one.place == 0))
 
 
 def stride_names(kind: Kind) -> tuple[str, ...]:

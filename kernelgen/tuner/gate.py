@@ -15,15 +15,19 @@ from kernelgen import quantizer
 from kernelgen.errors import FormatError
 from kernelgen.generate import generate
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.ops import matmul
+from kernelgen.ir.ops import matmul, samples
 from kernelgen.ir.ops.attention import Attention, attention
+from kernelgen.ir.ops.library import Kind
+from kernelgen.ir.ops.maps import Map
+from kernelgen.ir.ops.rows import written
+from kernelgen.ir.ops.tensors import Output
 from kernelgen.problem import MATVEC_ROWS, relative_error, rounded, tolerance
 from kernelgen.targets.base import Kernel, Runtime, Target
 from kernelgen.tensor import QuantTensor
-from kernelgen.tuner.problems import AttentionProblem, MatmulProblem, Problem
+from kernelgen.tuner.problems import AttentionProblem, MapProblem, MatmulProblem, Problem
 
 Array = npt.NDArray[Any]
-#: a kernel, ready to be called: as `Runtime.matmul` or `Runtime.attention` gives it
+#: a kernel, ready to be called: as `Runtime.matmul`, `attention` or `apply` gives it
 Run = Callable[..., None]
 
 #: bytes of inputs to go through in turns, so that they come from memory, as a model's do
@@ -88,7 +92,8 @@ class Sample:
 class Verdict:
     """Errors of a candidate.
 
-    error      the largest relative to the reference's RMS, on the inputs that it saw
+    error      the largest relative to the reference's RMS, on the inputs that it saw; of maps and
+               row reductions relative to the largest number
     bound      what is allowed
     rms_error  RMS of the difference to exact activations, relative to the RMS of the result
     kind       "nan" or "wrong" where it fails, with its reason; both None where it passes
@@ -108,6 +113,7 @@ class Trial:
     want    float64, what it should give with inputs that its precision rounds
     exact   the same with exact inputs
     where   the shape
+    size    what errors are measured in; None for the root mean square of what it should give
     """
 
     call: Callable[[], Array]
@@ -115,6 +121,7 @@ class Trial:
     exact: Array
     where: str
     part: tuple[slice, ...] = ()
+    size: float | None = None
 
 
 class Case(Protocol):
@@ -139,6 +146,11 @@ class Case(Protocol):
         """Run it on almost nothing."""
         ...
 
+    def bound(self, kernel: Kernel) -> float:
+        """The largest `relative_error` that a kernel may have: what its op may lose by rounding in
+        float32."""
+        ...
+
     def trials(self, kernel: Kernel, run: Run, runtime: Runtime, target: Target) -> Iterator[Trial]:
         """Small shapes that no tile divides, and the problem's own at last."""
         ...
@@ -150,10 +162,10 @@ def judge(
 ) -> Verdict:  # fmt: skip
     """Run a kernel on a problem, and on small shapes that no tile divides.
 
-    The bound is what the op may lose by rounding sums in float32 (kernelgen.problem.tolerance);
-    `max_error` bounds the RMS error besides, and counts what rounded inputs add.
+    The bound is that of the case; `max_error` bounds the RMS error besides, and counts what rounded
+    inputs add.
     """
-    bound = tolerance(kernel.op, kernel.precision)
+    bound = case.bound(kernel)
     worst = rms = 0.0
     for one in case.trials(kernel, run, runtime, target):
         y = one.call()
@@ -164,12 +176,13 @@ def judge(
                 f" at {one.where}, where the reference is finite",
             )  # fmt: skip
         y = y[one.part]
-        error = relative_error(y, one.want)
+        error = relative_error(y, one.want, one.size)
         if error > bound:
             reason = f"its error of {error:.2g} at {one.where} exceeds {bound:.2g}"
             return Verdict(error, bound, np.inf, "wrong", reason)
         worst = max(worst, error)
-        rms = float(np.sqrt(np.mean((y - one.exact) ** 2) / np.mean(one.exact**2)))
+        squares = float(np.mean(one.exact**2))
+        rms = float(np.sqrt(np.mean((y - one.exact) ** 2) / (squares or 1.0)))
     if max_error is not None and rms > max_error:
         reason = f"its RMS error of {rms:.2g} exceeds the {max_error:.2g} asked for"
         return Verdict(worst, bound, rms, "wrong", reason)
@@ -181,7 +194,15 @@ def copies(nbytes: int) -> int:
     return min(MOST_COPIES, max(1, -(-PAST_THE_CACHE // nbytes)))
 
 
-class MatmulCase:
+class Products:
+    """What is common to products, those of attention too."""
+
+    def bound(self, kernel: Kernel) -> float:
+        """What sums may lose by rounding."""
+        return tolerance(kernel.op, kernel.precision)
+
+
+class MatmulCase(Products):
     """Activations, and weights over and over; only once where not `many` are wanted."""
 
     def __init__(self, problem: MatmulProblem, many: bool = True) -> None:
@@ -287,7 +308,7 @@ def _first(w: QuantTensor, batches: slice) -> Array:
 _COMPARED = 64
 
 
-class AttentionCase:
+class AttentionCase(Products):
     """Queries, and keys and values over and over."""
 
     def __init__(self, problem: AttentionProblem) -> None:
@@ -342,10 +363,105 @@ class AttentionCase:
             yield Trial(call, want, exact, f"{b}x{h}x{t}, {kind.name}", part)
 
 
+@dataclass(frozen=True)
+class Elements:
+    """Arrays that a map or row reduction reads, and what it should store, float64."""
+
+    m: int
+    n: int
+    arrays: dict[str, Array]
+    want: dict[str, Array]
+
+    @classmethod
+    def make(cls, kind: Kind, m: int, n: int) -> Elements:
+        """Normal numbers in arrays (m, n), of which few rows are different; of a map of one row,
+        few columns."""
+        flat = isinstance(kind, Map) and all(one.strides == (0, 1) for one in kind.inputs)
+        rows, columns = (m, min(n, _DISTINCT_COLUMNS)) if flat else (min(m, _DISTINCT), n)
+        few, other = (cls._sampled(kind, r, columns) for r in (rows, rows + 1))
+        stored = samples.reference(kind, few, rows, columns)
+        want = {o.name: samples.values(o, stored[o.name]) for o in written(kind)}
+
+        def whole(a: Array, of_rows: bool) -> Array:
+            if flat:
+                return np.resize(a, (m, n))
+            return np.resize(a, (m, *a.shape[1:])) if of_rows else a
+
+        grown = {name: len(other[name]) != len(a) for name, a in few.items()}
+        return cls(
+            m, n, {name: whole(a, grown[name]) for name, a in few.items()},
+            {name: whole(a, True) for name, a in want.items()},
+        )  # fmt: skip
+
+    @staticmethod
+    def _sampled(kind: Kind, m: int, n: int) -> dict[str, Array]:
+        rng = np.random.default_rng(m + n)
+        return {one.name: samples.sample(one, m, n, rng) for one in kind.inputs}
+
+
+#: columns that differ where there is one row; a prime, so that no vector meets the same
+_DISTINCT_COLUMNS = 65521
+
+
+class MapCase:
+    """Arrays of a map or row reduction.  They are there once: what stands between products was
+    written a moment before, and is in the caches where it fits."""
+
+    def __init__(self, problem: MapProblem) -> None:
+        self._kind, self.nbytes = problem.kind, problem.nbytes
+        self._elements = Elements.make(problem.kind, problem.m, self._columns(problem.n))
+        self._out = samples.poisoned(problem.kind, problem.m, self._columns(problem.n))
+
+    def _columns(self, n: int) -> int:
+        return samples.columns(self._kind, n)
+
+    def runner(self, runtime: Runtime, kernel: Kernel) -> Run:
+        """The kernel, compiled."""
+        return runtime.apply(kernel)
+
+    def prepare(self, runtime: Runtime, kernel: Kernel) -> None:
+        """Nothing is repacked."""
+
+    def call(self, run: Run, turn: int) -> None:
+        """Fill the results."""
+        one = self._elements
+        run(one.arrays, one.m, one.n, self._out)
+
+    def little(self, run: Run, kernel: Kernel) -> None:
+        """One row of few elements."""
+        n = self._columns(1)
+        one = Elements.make(self._kind, 1, n)
+        run(one.arrays, 1, n, samples.poisoned(self._kind, 1, n))
+
+    def bound(self, kernel: Kernel) -> float:
+        """What functions, and sums, may lose."""
+        return samples.tolerance(self._kind)
+
+    def trials(self, kernel: Kernel, run: Run, runtime: Runtime, target: Target) -> Iterator[Trial]:
+        """Few and odd numbers of rows and columns, and the problem's; each array that is written
+        by itself."""
+        kind = self._kind
+        rows = {one.strides[0] for one in kind.inputs if len(one.strides) > 1} != {0}
+        odd = [(m if rows else 1, self._columns(n)) for m, n in ((1, 1), (5, 33), (2, 1031))]
+        for one in (*(Elements.make(kind, m, n) for m, n in odd), self._elements):
+            for out in written(kind):
+
+                def call(one: Elements = one, out: Output = out) -> Array:
+                    found = samples.poisoned(kind, one.m, one.n)
+                    run(one.arrays, one.m, one.n, found)
+                    return samples.values(out, found[out.name])
+
+                want = one.want[out.name]
+                where = f"{one.m}x{one.n}, {out.name}"
+                yield Trial(call, want, want, where, size=samples.unit(want))
+
+
 def case(problem: Problem) -> Case:
     """The inputs of a problem."""
     if isinstance(problem, MatmulProblem):
         return MatmulCase(problem)
+    if isinstance(problem, MapProblem):
+        return MapCase(problem)
     assert isinstance(problem, AttentionProblem)
     return AttentionCase(problem)
 

@@ -13,11 +13,17 @@ from typing import Any, Protocol
 from kernelgen.errors import ConfigError, FormatError, ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.ops.library import Kind
+from kernelgen.ir.ops.rows import written
 from kernelgen.problem import PRECISIONS, choose_precision, op_for, row_bucket
 
 #: what may be minimized
 OBJECTIVES = ("time", "energy")
+
+#: ops of which every element, or row, is computed by itself
+MAP_OPS = ("map", "rows")
 
 #: how many times larger or smaller other sizes than the rows may be in a shape that is near, as
 #: powers of two
@@ -157,7 +163,12 @@ class Problem(Asked, ABC):
 
 def subject_named(op: str, name: str) -> Any:
     """The subject that `Problem.name` stands for, as entries keep it; FormatError where there is
-    none."""
+    none that is known here."""
+    if op in MAP_OPS:
+        known = library.named(name)
+        if known is None:
+            raise FormatError(f"{op} {name!r} is not one of the library of maps and row reductions")
+        return known[2]
     found = re.fullmatch(r"d(\d+)(?:_(\d+))?_(\w+)", name) if op == "attention" else None
     if found is None:
         return formats.get(name)
@@ -304,3 +315,74 @@ class AttentionProblem(Problem):
         """Op, format and shape: those that there are flags for."""
         shape = "x".join(map(str, (*self.shape, self.kind.head_dim)))
         return f"--op attention --format {self.kind.k.name} --shape {shape}"
+
+
+@dataclass(frozen=True)
+class MapProblem(Problem):
+    """A map or row reduction of (rows, columns).  All compute in float32, so that a precision says
+    nothing here."""
+
+    kind: Kind
+    m: int
+    n: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self.sizes)
+        if self.precision not in ("auto", "fp32"):
+            raise ConfigError(
+                f"{self.kind.label} in {self.precision} was asked for; maps and row reductions"
+                " compute in fp32, whatever types their elements are kept in"
+            )
+
+    @classmethod
+    def of(cls, name: str, dtype: str, m: int, n: int, asked: Asked) -> MapProblem:
+        """One of the library on contiguous arrays (m, n) of a type: as kernels see these, which
+        take functions of single elements as one row."""
+        if dtype not in library.DTYPES:
+            raise ConfigError(
+                f"{name} of {dtype} was asked for; elements of {', '.join(library.DTYPES)} are"
+                " tuned"
+            )
+        kind = library.contiguous(name, dtype)
+        flat = kind is not library.get(name, dtype)
+        return cls(kind, *((1, m * n) if flat else (m, n)), **vars(asked))
+
+    @property
+    def op(self) -> str:
+        """Map or rows."""
+        return library.op_of(self.kind)
+
+    @property
+    def subject(self) -> Kind:
+        """The map or row reduction."""
+        return self.kind
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows and columns."""
+        return {"ROWS": self.m, "COLUMNS": self.n}
+
+    @property
+    def rows_name(self) -> str:
+        """Rows."""
+        return "ROWS"
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is read and written, for each element."""
+        kind = self.kind
+        read = sum(one.storage.nbytes for one in kind.inputs if len(one.strides) > 1)
+        each = read + sum(one.storage.nbytes for one in written(kind) if one in kind.outputs)
+        return self.m * self.n * each
+
+    @property
+    def smallest(self) -> MapProblem:
+        """One row of few elements."""
+        return dataclasses.replace(self, m=1, n=1)
+
+    @property
+    def flags(self) -> str:
+        """Op, type and shape."""
+        name, dtype, _ = library.named(self.kind.name) or (self.kind.label, "f32", None)
+        return f"--op {name} --format {dtype} --shape {self.m}x{self.n}"

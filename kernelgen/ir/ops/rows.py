@@ -32,7 +32,7 @@ from kernelgen.ir.expr import (
 from kernelgen.ir.expr import number as f32_variable
 from kernelgen.ir.floats import of_sort_key, order_key, sort_key
 from kernelgen.ir.ops import functions as f
-from kernelgen.ir.ops.maps import flat
+from kernelgen.ir.ops.maps import Map, flat
 from kernelgen.ir.ops.tensors import (
     COL,
     COLUMNS,
@@ -148,6 +148,19 @@ class Rows:
             else:
                 found.append([one])
         return tuple(tuple(one) for one in found)
+
+
+Kind = Map | Rows
+
+
+def per_row(kind: Kind) -> tuple[Output, ...]:
+    """What is written for each row."""
+    return kind.results if isinstance(kind, Rows) else ()
+
+
+def written(kind: Kind) -> tuple[Output, ...]:
+    """Arrays that are written: of results of a row that share one, the first."""
+    return (*kind.outputs, *(one for one in per_row(kind) if one.place == 0))
 
 
 class Row:
