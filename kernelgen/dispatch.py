@@ -309,8 +309,8 @@ def _foreign(
         return on_host(one) if arrays.is_foreign(one) else one
 
     given = {key: inside(one) for key, one in kwargs.items()}
-    result = function(*map(inside, args), **given)
     share_cores(name)
+    result = function(*map(inside, args), **given)
     out = kwargs.get("out")
     if out is not None and result is given["out"]:
         _fill(out, result)
@@ -345,7 +345,7 @@ _sharing = threading.local()
 
 
 def share_cores(target: str) -> None:
-    """After a call whose arrays are of a library that computes with threads of its own: kernels on
+    """Before a call whose arrays are of a library that computes with threads of its own: kernels on
     the same cores are not to keep these while it does.  Each thread of the caller says so once."""
     if not hasattr(_sharing, target):
         share = getattr(runtime_of(target), "share_cores", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -303,43 +304,33 @@ class DeviceRuntime:
 
         K and V are kept on the device, as weights are.
         """
-        launcher, driver, kind = self.launcher(kernel), self.driver(), kernel.subject
-        assert isinstance(kind, Attention)
-        combine = kernel.then.get("attention_combine")
-        add_up = None if combine is None else self.launcher(combine)
-        splits = kernel.config.as_dict()["splits"]
+        launch, driver = AttentionLaunch(self, kernel), self.driver()
+        kind = launch.kind
 
         def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
-            (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
-            if kind.page:
-                s = kind.page * operands["pages"].shape[1]
+            (b, h, t, d), hk = q.shape, k.shape[1]
+            s = launch.keys(k.shape[2], operands)
             if y.size == 0 or s == 0:
                 y[...] = 0
                 return
             given, skipped = _given(driver, kind, operands)
             # bytes that belong to one head of K and V
-            rows = h // hk * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
+            rows = h // hk * t * launch.row_bytes(d)
             widest = max(rows, *(s * w.format.row_bytes(w.shape[-1]) for w in (k, v)))
             shares = self._whole(b, k, v) if kind.page else self._shares(b, hk, widest)
             for batches, heads in shares:
                 part = (batches, slice(heads.start * (h // hk), heads.stop * (h // hk)))
-                sizes = dict(zip(("B", "H", "T"), q[part].shape, strict=False))
-                sizes |= {"HK": heads.stop - heads.start, "S": s, **skipped}
-                sizes |= {"B0": part[0].start, "H0": part[1].start, "SPLITS": splits}
-                if kind.page:
-                    sizes["PAGES"], batches = operands["pages"].shape[1], slice(0, len(k.data))
-                buffers = {**given, "q": driver.upload(q[part]), **launcher.results(sizes)}
-                buffers |= {"k": self.held(k, batches, heads), "v": self.held(v, batches, heads)}
-                if add_up:
-                    buffers |= launcher.results(sizes, ("scratch",))
-                launcher(buffers, sizes)
-                if add_up:
-                    add_up(buffers, sizes)
+                sizes = launch.sizes(q[part].shape, heads.stop - heads.start, s, skipped, operands)
+                sizes |= {"B0": part[0].start, "H0": part[1].start}
+                held = slice(0, len(k.data)) if kind.page else batches
+                buffers = {**given, "q": driver.upload(q[part])}
+                buffers |= {"k": self.held(k, held, heads), "v": self.held(v, held, heads)}
+                result = launch(buffers, sizes)
                 if y[part].flags.c_contiguous:
-                    driver.download(buffers["y"], y[part])
+                    driver.download(result, y[part])
                 else:
                     found = np.empty(y[part].shape, np.float32)
-                    driver.download(buffers["y"], found)
+                    driver.download(result, found)
                     y[part] = found
 
         return run
@@ -379,6 +370,50 @@ class DeviceRuntime:
                 buffer = driver.upload(w.data[batches, heads])
                 found = w.prepared[key] = Held(driver, buffer, batches, heads)
         return found.buffer
+
+
+class AttentionLaunch:
+    """An attention kernel, and the one that adds up where several blocks share the keys."""
+
+    def __init__(self, runtime: DeviceRuntime, kernel: Kernel) -> None:
+        assert isinstance(kernel.subject, Attention)
+        self.kind = kernel.subject
+        self._launcher = runtime.launcher(kernel)
+        combine = kernel.then.get("attention_combine")
+        self._add_up = None if combine is None else runtime.launcher(combine)
+        self._splits = kernel.config.as_dict()["splits"]
+
+    def keys(self, stored: int, operands: Mapping[str, Any]) -> int:
+        """Keys that a query may see, of so many that each batch, or page, has room for."""
+        return self.kind.page * operands["pages"].shape[1] if self.kind.page else stored
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of a row of q, or of what is made of it."""
+        made = (self._splits if self._add_up else 1) * 4 * (self.kind.value_dim + 2)
+        return int(max(4 * head_dim, made))
+
+    def sizes(
+        self, q: Sequence[int], heads: int, keys: int, skipped: Mapping[str, int],
+        operands: Mapping[str, Any],
+    ) -> dict[str, int]:  # fmt: skip
+        """Sizes for q (B, H, T, D), so many heads and keys of K, and what indices of the operands
+        skip, with the first batch and head."""
+        sizes = dict(zip(("B", "H", "T"), q, strict=False))
+        sizes |= {"HK": heads, "S": keys, **skipped, "B0": 0, "H0": 0, "SPLITS": self._splits}
+        if self.kind.page:
+            sizes["PAGES"] = operands["pages"].shape[1]
+        return sizes
+
+    def __call__(self, given: Mapping[str, Buffer], sizes: Mapping[str, int]) -> Buffer:
+        """Launch on these buffers; gives that of y, which is made unless it is given."""
+        results = self._launcher.results(sizes, given=given)
+        if self._add_up:
+            results |= self._launcher.results(sizes, ("scratch",))
+        buffers = {**results, **given}
+        self._launcher(buffers, sizes)
+        if self._add_up:
+            self._add_up(buffers, sizes)
+        return buffers["y"]
 
 
 def _together(kernel: Kernel) -> int:

@@ -70,6 +70,44 @@ class Timed(Protocol):
         ...
 
 
+class TimedByEvents:
+    """`Timed` for drivers whose device notes the moment when it comes by an event."""
+
+    #: begin and end of each launch, where somebody asks for them
+    _events: list[tuple[Any, Any]] | None = None
+
+    def _moment(self) -> Any:
+        """An event that has its place in the current stream."""
+        raise NotImplementedError
+
+    def _milliseconds(self, begin: Any, end: Any) -> float:
+        """Between two events that have come."""
+        return float(begin.elapsed_time(end))
+
+    def _noted(self, start: Callable[[], object]) -> None:
+        """Launch something, with events before and after it where somebody asks for them."""
+        events = self._events
+        if events is None:
+            start()
+            return
+        begin = self._moment()
+        start()
+        events.append((begin, self._moment()))
+
+    def timed(self, call: Callable[[], None]) -> float:
+        """Seconds of the launches in a call, by events before and after each; for one thread at a
+        time."""
+        events: list[tuple[Any, Any]] = []
+        self._events = events
+        try:
+            call()
+        finally:
+            self._events = None
+        for _, end in events[-1:]:
+            end.synchronize()
+        return 1e-3 * sum(self._milliseconds(begin, end) for begin, end in events)
+
+
 @runtime_checkable
 class Resident(Protocol):
     """What a driver has besides, whose kernels work on arrays that another library has put on the

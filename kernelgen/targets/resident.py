@@ -12,7 +12,7 @@ from kernelgen.arrays import empty_like
 from kernelgen.errors import TargetError
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.targets.base import Kernel, Weights
-from kernelgen.targets.device import DeviceRuntime
+from kernelgen.targets.device import AttentionLaunch, DeviceRuntime
 from kernelgen.targets.driver import Buffer, Resident
 
 
@@ -63,22 +63,17 @@ def attention(
     float32 (B, H, T, DV), which it fills; q and y lie on the device, k and v are `Weights` or
     arrays there in the element types of the kernel's formats, operands lie there or on the host.
     It returns when all is launched."""
-    driver, launcher, kind = _driver(runtime), runtime.launcher(kernel), kernel.subject
-    assert isinstance(kind, Attention)
-    combine = kernel.then.get("attention_combine")
-    add_up = None if combine is None else runtime.launcher(combine)
-    splits = kernel.config.as_dict()["splits"]
+    driver, launch = _driver(runtime), AttentionLaunch(runtime, kernel)
+    kind = launch.kind
 
     def run(q: Any, k: Any, v: Any, operands: Mapping[str, Any], y: Any) -> None:
-        (b, h, t, d), (hk, s) = q.shape, k.shape[1:3]
-        keys = k.shape[0] * hk * s
-        if kind.page:
-            s = kind.page * operands["pages"].shape[1]
+        (b, h, t, d), hk = q.shape, k.shape[1]
+        keys, s = k.shape[0] * hk * k.shape[2], launch.keys(k.shape[2], operands)
         if 0 in y.shape or s == 0:
             y[...] = 0
             return
-        rows = b * h * t * max(4 * d, (splits if add_up else 1) * 4 * (kind.value_dim + 2))
         row_bytes = kind.k.row_bytes(d), kind.v.row_bytes(kind.value_dim)
+        rows = b * h * t * launch.row_bytes(d)
         if max(rows, *(keys * nbytes for nbytes in row_bytes)) > driver.largest:
             raise TargetError(
                 f"q of shape {tuple(q.shape)} with {s} keys was given on the device, where target"
@@ -87,18 +82,10 @@ def attention(
             )
         with driver.at(q):
             given, skipped = _read(driver, kind, operands)
-            sizes = {"B": b, "H": h, "T": t, "HK": hk, "S": s, **skipped}
-            sizes |= {"B0": 0, "H0": 0, "SPLITS": splits}
-            if kind.page:
-                sizes["PAGES"] = operands["pages"].shape[1]
-            buffers = {**given, **launcher.results(sizes, given=("y",))}
-            buffers |= {"q": driver.borrow(q), "y": driver.borrow(y)}
+            sizes = launch.sizes((b, h, t), hk, s, skipped, operands)
+            buffers = {"q": driver.borrow(q), "y": driver.borrow(y)}
             buffers |= {"k": _held(runtime, driver, k), "v": _held(runtime, driver, v)}
-            if add_up:
-                buffers |= launcher.results(sizes, ("scratch",))
-            launcher(buffers, sizes)
-            if add_up:
-                add_up(buffers, sizes)
+            launch({**given, **buffers}, sizes)
 
     return run
 

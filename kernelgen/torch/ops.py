@@ -56,8 +56,8 @@ def _matmul(x: Any, blocks: Any, format: str, columns: int, precision: str) -> A
     # numpy's way in, as the general one for arrays of any library costs as much as a small matmul
     rows = x.detach() if x.dtype == torch.float32 else x.detach().float()
     target = target_for(_CPU, None)
-    y = _plain_matmul(rows.numpy(), w, target=target, precision=precision)
     share_cores(target)
+    y = _plain_matmul(rows.numpy(), w, target=target, precision=precision)
     result = torch.from_numpy(y)
     return result if x.dtype == torch.float32 else result.to(x.dtype)
 

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,12 +168,30 @@ def _works(command: tuple[str, ...], options: list[str], source: str) -> bool:
 # ---- what it made ---------------------------------------------------------------------------
 
 
-def flags(instructions: Sequence[str], contract: bool, openmp: bool) -> list[str]:
+@dataclass(frozen=True)
+class Linking:
+    """How a kernel comes to threads.
+
+    options    flags for the compiler
+    libraries  paths of libraries that are linked, and loaded already
+    """
+
+    options: tuple[str, ...]
+    libraries: tuple[Path, ...] = ()
+
+
+#: with the compiler's OpenMP
+PLAIN = Linking(("-fopenmp",))
+
+
+def flags(
+    instructions: Sequence[str], contract: bool, openmp: bool, linking: Linking = PLAIN
+) -> list[str]:
     """Compiler flags for a kernel; `instructions` choose the instruction set."""
     return [
         "-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra",
         f"-ffp-contract={'fast' if contract else 'off'}", *instructions,
-        *(["-fopenmp"] if openmp else []),
+        *(linking.options if openmp else ()),
     ]  # fmt: skip
 
 
@@ -192,7 +210,7 @@ def cache_folder() -> Path:
     return Path(root) / "c"
 
 
-def library(kernel: Kernel, instructions: Sequence[str]) -> ctypes.CDLL:
+def library(kernel: Kernel, instructions: Sequence[str], linking: Linking = PLAIN) -> ctypes.CDLL:
     """The kernel as a shared library, compiled unless the cache has it: a binary of the same
     source, headers, flags and compiler.  Safe under many threads and processes.
 
@@ -203,18 +221,12 @@ def library(kernel: Kernel, instructions: Sequence[str]) -> ctypes.CDLL:
     compiler = find_compiler()
     if isinstance(compiler, str):
         raise TargetError(compiler)
-    options = flags(instructions, kernel.contract, compiler.openmp)
-    key = "\0".join(
-        [kernel.source, headers_digest(), _machine(), *options, *compiler.command, compiler.version]
+    options = flags(instructions, kernel.contract, compiler.openmp, linking)
+    key = [kernel.source, headers_digest(), *options, *(one.name for one in linking.libraries)]
+    linked = [*options, *map(str, linking.libraries)]
+    path = _kept(
+        _place(compiler, kernel.entry, key), lambda path: _build(compiler, linked, kernel, path)
     )
-    name = f"{kernel.entry}-{_digest(key.encode())[:24]}.so"
-    path = cache_folder() / name
-    if not _intact(path):
-        try:
-            _build(compiler, options, kernel, path)
-        except OSError as error:
-            path = _private_folder(path.parent, error.strerror or type(error).__name__) / name
-            _build(compiler, options, kernel, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -225,32 +237,83 @@ def library(kernel: Kernel, instructions: Sequence[str]) -> ctypes.CDLL:
         ) from error
 
 
+def helper(compiler: Compiler, stem: str, source: str, options: Sequence[str]) -> Path:
+    """A shared library of our own source that kernels are linked with, kept as they are; they find
+    it by its file's name, once it is loaded.  Raises CompileError."""
+    options = ["-std=gnu11", "-O2", "-fPIC", "-Wall", "-Wextra", *options]
+    path = _place(compiler, stem, [source, *options])
+    named = [*options, f"-Wl,-soname,{path.name}"]
+
+    def build(path: Path) -> None:
+        _install(path, lambda built: _compile(compiler, source, named, built, stem))
+
+    return _kept(path, build)
+
+
+def _place(compiler: Compiler, stem: str, key: Sequence[str]) -> Path:
+    """Where a binary is kept: its name tells it from those of other sources, flags, compilers."""
+    digest = _digest("\0".join([*key, _machine(), *compiler.command, compiler.version]).encode())
+    return cache_folder() / f"{stem}-{digest[:24]}.so"
+
+
+def _kept(path: Path, build: Callable[[Path], None]) -> Path:
+    """The path of a binary, built unless it is there; in a folder of this process where that one
+    cannot be written."""
+    if not _intact(path):
+        try:
+            build(path)
+        except OSError as error:
+            folder = _private_folder(path.parent, error.strerror or type(error).__name__)
+            path = folder / path.name
+            build(path)
+    return path
+
+
 def _build(compiler: Compiler, options: Sequence[str], kernel: Kernel, path: Path) -> None:
+    def build(built: Path) -> None:
+        what = f"{kernel.op} {kernel.subject.name}"
+        _compile(
+            compiler, kernel.source, [*options, f"-I{HEADERS}"], built, what, path.with_suffix(".c")
+        )
+
+    _install(path, build)
+
+
+def _compile(
+    compiler: Compiler, source: str, options: Sequence[str], built: Path, what: str,
+    kept: Path | None = None,
+) -> None:  # fmt: skip
+    """Compile a source; where it is rejected, it is kept for who wants to read it."""
+    text = built.with_suffix(".c")
+    text.write_text(source, "utf-8")
+    command = [*compiler.command, *options, "-shared", str(text), "-o", str(built), "-lm"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise CompileError(f"{compiler.command[0]} cannot be run: {error}") from error
+    said = done.stderr.strip() or done.stdout.strip()
+    if done.returncode != 0:
+        _forget(compiler)
+        where = ""
+        if kept is not None:
+            _replace(kept, source.encode())
+            where = f" (source kept in {kept})"
+        raise CompileError(
+            f"{compiler.version} rejected {what}{where}: {said or f'exit status {done.returncode}'}"
+        )
+    if said:
+        log.debug("%s: %s", built.stem, said)
+
+
+def _install(path: Path, build: Callable[[Path], None]) -> None:
+    """Have a binary built, and put it in place whole, beside its checksum."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path):
         if _intact(path):  # another process was first
             return
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-            source = Path(folder) / f"{kernel.entry}.c"
-            source.write_text(kernel.source, "utf-8")
-            built = source.with_suffix(".so")
-            command = [*compiler.command, *options, "-shared", f"-I{HEADERS}", str(source),
-                       "-o", str(built), "-lm"]  # fmt: skip
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-            except OSError as error:
-                raise CompileError(f"{compiler.command[0]} cannot be run: {error}") from error
-            said = done.stderr.strip() or done.stdout.strip()
-            if done.returncode != 0:
-                _forget(compiler)
-                kept = path.with_suffix(".c")
-                _replace(kept, kernel.source.encode())
-                raise CompileError(
-                    f"{compiler.version} rejected {kernel.op} {kernel.subject.name}"
-                    f" (source kept in {kept}): {said or f'exit status {done.returncode}'}"
-                )
-            if said:
-                log.debug("%s: %s", kernel.entry, said)
+            built = Path(folder) / f"{path.stem.rpartition('-')[0]}.so"
+            build(built)
             # a reader finds the whole file or none, and believes it when its checksum is there
             checksum = _digest(built.read_bytes())
             os.replace(built, path)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kernelgen.config import Capabilities
-from kernelgen.errors import TargetError
+from kernelgen.errors import CompileError, TargetError
 from kernelgen.ir.ops import Activations
 from kernelgen.targets.attention import held, strides
 from kernelgen.targets.base import (
@@ -31,6 +31,7 @@ from kernelgen.targets.base import (
     check_rows,
 )
 from kernelgen.targets.c.compiler import find_compiler, library
+from kernelgen.targets.c.team import team
 from kernelgen.targets.maps import Apply, written
 from kernelgen.targets.maps import strides as strides_of_maps
 
@@ -189,14 +190,19 @@ class CRuntime:
         return "run"
 
     def share_cores(self) -> bool:
-        """Have the threads that run kernels of the calling thread sleep as soon as they have
-        nothing to do, where LLVM's OpenMP would have them spin for 0.2 s and take the cores from
-        another library's threads.  Whether that is settled: not before a kernel was loaded."""
+        """Run kernels on the threads of the library of arrays that the calling thread computes with
+        besides.  Where that cannot be, have the threads that run kernels of the calling thread
+        sleep as soon as they have nothing to do: those of LLVM's OpenMP would spin for 0.2 s and
+        take the cores from the other library's.  Whether that is settled: not before a kernel was
+        loaded."""
+        between = team()
+        if between is not None and between.share():
+            return True
         if "KMP_BLOCKTIME" in os.environ:  # the user has decided
             return True
         for program in self._programs.values():
             with contextlib.suppress(AttributeError):  # another compiler's OpenMP, or none
-                program.library.kmp_set_blocktime(0)
+                (program.library if between is None else between.own).kmp_set_blocktime(0)
             return True
         return False
 
@@ -337,9 +343,17 @@ class CRuntime:
         """The kernel, compiled and loaded; safe under many threads and processes."""
         program = self._programs.get(kernel.hash)
         if program is None:
-            made = CProgram(library(kernel, self.isa.flags), kernel)
+            made = CProgram(self._library(kernel), kernel)
             program = self._programs.setdefault(kernel.hash, made)
         return program
+
+    def _library(self, kernel: Kernel) -> ctypes.CDLL:
+        between = team()
+        if between is not None:
+            # what it does not have a kernel may call of the compiler's own
+            with contextlib.suppress(CompileError):
+                return library(kernel, self.isa.flags, between.linking(kernel))
+        return library(kernel, self.isa.flags)
 
 
 def _has_scratch(kernel: Kernel) -> bool:

@@ -9,7 +9,7 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kernelgen.errors import CompileError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.cuda import CAPABILITIES
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, rejected, visible
+from kernelgen.targets.driver import Buffer, TimedByEvents, rejected, visible
 from kernelgen.targets.emulated import EmulatedRuntime
 
 #: features of `Capabilities`, and the compute capability (times ten) that brought them
@@ -35,7 +35,7 @@ _CUDA = 2
 _WITHOUT_ASKING = 49152
 
 
-class CupyDriver:
+class CupyDriver(TimedByEvents):
     """The current CUDA device (see kernelgen.targets.driver.Driver)."""
 
     def __init__(self) -> None:
@@ -44,8 +44,6 @@ class CupyDriver:
         self._cupy = cupy
         # kernels address bytes with 32 bits
         self.largest = 2**32 - 4
-        #: begin and end of each launch, where somebody asks for them
-        self._events: list[tuple[Any, Any]] | None = None
 
     def key(self) -> Hashable:
         """The device itself."""
@@ -148,31 +146,16 @@ class CupyDriver:
         """Start a grid on the current stream."""
         function, shared_bytes = program
         arguments = (*buffers, *(np.uint32(s) for s in sizes))
-        events = self._events
-        begin = None if events is None else self._moment()
-        function((groups[0], groups[1], 1), (threads, 1, 1), arguments, shared_mem=shared_bytes)
-        if events is not None:
-            events.append((begin, self._moment()))
+        grid, block = (groups[0], groups[1], 1), (threads, 1, 1)
+        self._noted(lambda: function(grid, block, arguments, shared_mem=shared_bytes))
 
     def _moment(self) -> Any:
-        """An event that has its place in the current stream."""
         event = self._cupy.cuda.Event()
         event.record()
         return event
 
-    def timed(self, call: Callable[[], None]) -> float:
-        """Seconds of the launches in a call, by events before and after each; for one thread at a
-        time."""
-        events: list[tuple[Any, Any]] = []
-        self._events = events
-        try:
-            call()
-        finally:
-            self._events = None
-        for _, end in events[-1:]:
-            end.synchronize()
-        elapsed = self._cupy.cuda.get_elapsed_time
-        return 1e-3 * float(sum(elapsed(begin, end) for begin, end in events))
+    def _milliseconds(self, begin: Any, end: Any) -> float:
+        return float(self._cupy.cuda.get_elapsed_time(begin, end))
 
 
 def features_of(chip: int) -> frozenset[str]:

@@ -26,7 +26,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, own_symbols, rejected
+from kernelgen.targets.driver import Buffer, TimedByEvents, own_symbols, rejected
 
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
@@ -192,10 +192,8 @@ class TorchDriver:
             raise rejected("triton", program.kernel, message, line) from error
 
 
-class GpuDriver(TorchDriver):
+class GpuDriver(TimedByEvents, TorchDriver):
     """The same on a GPU, whose events say how long launches take."""
-
-    _events: list[tuple[Any, Any]] | None = None
 
     def launch(
         self,
@@ -206,29 +204,13 @@ class GpuDriver(TorchDriver):
         sizes: Sequence[int],
     ) -> None:
         """Start a grid."""
-        events = self._events
-        begin = None if events is None else self._moment()
-        super().launch(program, groups, threads, buffers, sizes)
-        if events is not None:
-            events.append((begin, self._moment()))
+        start = super().launch
+        self._noted(lambda: start(program, groups, threads, buffers, sizes))
 
     def _moment(self) -> Any:
         event = self._torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def timed(self, call: Callable[[], None]) -> float:
-        """Seconds of the launches in a call, by events before and after each; for one thread at a
-        time."""
-        events: list[tuple[Any, Any]] = []
-        self._events = events
-        try:
-            call()
-        finally:
-            self._events = None
-        for _, end in events[-1:]:
-            end.synchronize()
-        return 1e-3 * float(sum(begin.elapsed_time(end) for begin, end in events))
 
 
 def _explained(error: Exception, source: str, file: str) -> tuple[str, int | None]:
