@@ -20,9 +20,9 @@ from kernelgen.ir.ops.attention import Attention, causal, trace
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Rows
 from kernelgen.ir.ops.tensors import brief
-from kernelgen.ir.steps import codebook
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import OPS, Kernel, Target
+from kernelgen.targets.codebook import codebook_of
 from kernelgen.targets.maps import written
 
 
@@ -139,9 +139,8 @@ def _subject(kernel: Kernel) -> dict[str, Any]:
 def _tables(kernel: Kernel) -> dict[str, Any]:
     """The numbers of arguments that are tables, by name."""
     names = [a.name for a in kernel.arguments if a.role == "table"]
-    return (
-        {"tables": {name: list(codebook(kernel.format) or ()) for name in names}} if names else {}
-    )
+    words = list(codebook_of(kernel.subject) or ())
+    return {"tables": dict.fromkeys(names, words)} if names else {}
 
 
 def _features(kernel: Kernel, target: Target) -> list[str]:

@@ -42,6 +42,8 @@ _SMALLEST_TENSOR, _SMALLEST_KEY = 24, 13
 _MAX_DIMS, _MAX_NAME = 4, 63
 
 _AGAIN = "download or copy it again"
+#: formats of ggml's whose numbers the gguf package, of version 0.19, does not have
+_NEWER = {42: "q2_0"}
 
 
 class Metadata(dict[str, Any]):
@@ -360,7 +362,10 @@ def _type_of(info: TensorInfo) -> tuple[str, BlockFormat | None, tuple[int, int]
     try:
         kind = gguf.GGMLQuantizationType(info.type_number)
     except ValueError:
-        return f"ggml type {info.type_number}", None, None
+        if info.type_number not in _NEWER:
+            return f"ggml type {info.type_number}", None, None
+        newer = formats.get(_NEWER[info.type_number])
+        return newer.name, newer, (newer.block, newer.nbytes)
     for fmt in formats.formats():
         if _is_type(gguf, fmt, kind):
             return fmt.name, fmt, (fmt.block, fmt.nbytes)
@@ -379,7 +384,10 @@ def _is_type(gguf: Any, fmt: BlockFormat, kind: Any) -> bool:
 
 
 def _type_number(gguf: Any, name: str, fmt: BlockFormat) -> Any:
-    """ggml's number for a format, a gguf.GGMLQuantizationType."""
+    """ggml's number for a format, a gguf.GGMLQuantizationType where the package knows it."""
+    for number, newer in _NEWER.items():
+        if fmt is formats.get(newer):
+            return number
     kind = gguf.GGMLQuantizationType.__members__.get(fmt.name.upper())
     if kind is None or not _is_type(gguf, fmt, kind):
         raise FormatError(

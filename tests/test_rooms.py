@@ -30,6 +30,7 @@ LEVELS = (
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files", "checkpoints"),
     ("targets.printer",),
     ("targets.base",),
+    ("targets.codebook",),
     ("targets.attention", "targets.driver", "targets.maps", "targets.package"),
     # what several targets share
     (
@@ -73,8 +74,8 @@ LEVELS = (
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SHARED_BY_TARGETS = (
-    "attention", "base", "c_family", "printer", "maps", "simt", "simt_attention", "simt_maps",
-    "driver", "device", "device_package", "emulated", "package", "resident",
+    "attention", "base", "c_family", "codebook", "printer", "maps", "simt", "simt_attention",
+    "simt_maps", "driver", "device", "device_package", "emulated", "package", "resident",
 )  # fmt: skip
 TARGETS_OWN = ("targets/__init__.py", *(f"targets/{name}.py" for name in SHARED_BY_TARGETS))
 

@@ -19,7 +19,7 @@ from kernelgen.errors import ShapeError, TargetError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import Activations
 from kernelgen.ir.ops.epilogue import NORM_WEIGHT, PLAIN, Fusion
-from kernelgen.ir.steps import codebook, scalar_steps
+from kernelgen.ir.steps import scalar_steps
 from kernelgen.problem import acceptable
 from kernelgen.targets.printer import Dialect
 
@@ -82,32 +82,6 @@ class Launch:
     threads: int
     shared_bytes: int = 0
     symbols: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-
-#: what a kernel's source calls the table of words that it takes as an argument
-CODEBOOK = "codebook"
-
-
-def codebook_argument(dtype: str) -> Callable[[Any], tuple[Argument, ...]]:
-    """Operands of a walk, for languages without constant arrays: a format's table of words."""
-
-    def operands(fmt: BlockFormat) -> tuple[Argument, ...]:
-        found = codebook(fmt)
-        return (Argument(CODEBOOK, "table", dtype, (str(len(found)),)),) if found else ()
-
-    return operands
-
-
-def without_codebook(fmt: BlockFormat) -> str | None:
-    """Why a walk that does not take such an argument cannot read a format, or None."""
-    if codebook(fmt) is None:
-        return None
-    return f"codes of {fmt.name} come from a table, which this walk cannot be given"
-
-
-def attends_without_codebook(kind: Any) -> str | None:
-    """The same for the formats of keys and values."""
-    return without_codebook(kind.k) or without_codebook(kind.v)
 
 
 def call_launch(config: Config, fmt: BlockFormat) -> Launch | None:

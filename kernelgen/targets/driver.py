@@ -16,8 +16,8 @@ import numpy as np
 
 from kernelgen.errors import CompileError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.steps import codebook
 from kernelgen.targets.base import Argument, Array, Kernel
+from kernelgen.targets.codebook import codebook_of
 
 Buffer = Any
 
@@ -207,15 +207,14 @@ class Launcher:
         self._groups = [compile(text, "<grid>", "eval") for text in launch.groups]
         self._buffers = [a for a in kernel.arguments if a.role != "size"]
         self._sizes = [a.name for a in kernel.arguments if a.role == "size"]
-        self._tables: dict[str, Buffer] = {}
+        self._tables: dict[str, Buffer] = {
+            a.name: driver.upload(np.array(codebook_of(kernel.subject), np.uint32))
+            for a in self._buffers
+            if a.role == "table"
+        }
         self._known: dict[str, int] = {}
         if isinstance(kernel.subject, BlockFormat):
             fmt = kernel.subject
-            self._tables = {
-                a.name: driver.upload(np.array(codebook(fmt), np.uint32))
-                for a in self._buffers
-                if a.role == "table"
-            }
             self._known = {"block": fmt.block, "group": fmt.group, "block_bytes": fmt.nbytes}
         symbols = {**kernel.walk.symbols, **launch.symbols}
         self._shapes = {

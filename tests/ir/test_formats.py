@@ -27,7 +27,9 @@ TYPES = {t.name.lower(): t for t in GGMLQuantizationType}
 #: formats whose blocks only ever hold activations: gguf has no decoder for them
 ACTIVATIONS = ("q8_1", "q8_K")
 #: those for which it has none, as yet
-UNDECODED = ("q1_0",)
+UNDECODED = ("q1_0", "q2_0")
+#: those that gguf 0.19 does not know: elements and bytes of a block by ggml-common.h
+NEWER = {"q2_0": (64, 18)}
 
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
 
@@ -87,6 +89,16 @@ def test_q1_0_against_its_definition() -> None:
     assert_same_bits(fmt.decode(blocks), np.where(bits == 1, d, -d))
 
 
+def test_q2_0_against_its_definition() -> None:
+    """block_q2_0: half d, uint8 qs[16]; x[4*j + s] is d times (two bits of qs[j], less 1)."""
+    fmt = formats.get("q2_0")
+    blocks = all_blocks(fmt)
+    d = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    pairs = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").reshape(len(blocks), 64, 2)
+    codes = pairs[..., 0] + np.float32(2) * pairs[..., 1]
+    assert_same_bits(fmt.decode(blocks), (codes - np.float32(1)) * d)
+
+
 @pytest.mark.parametrize("name", ["iq1_m", "iq2_xxs", "nvfp4", "tq1_0"])
 def test_every_pair_of_bytes_decodes_as_gguf_does(name: str) -> None:
     """All values of two neighbouring bytes at once, everywhere in a block."""
@@ -103,7 +115,7 @@ def test_every_pair_of_bytes_decodes_as_gguf_does(name: str) -> None:
 
 @every_format
 def test_sizes_are_those_of_ggml(fmt: BlockFormat) -> None:
-    expected = GGML_QUANT_SIZES[TYPES[fmt.name.lower()]]
+    expected = NEWER.get(fmt.name) or GGML_QUANT_SIZES[TYPES[fmt.name.lower()]]
     if fmt.name == "q8_1":
         # gguf counts two floats as ggml once had; ggml-common.h has two halves since 2024
         assert expected == (32, 40)

@@ -27,7 +27,7 @@ from kernelgen.ir.formats.grids import (
 )
 from kernelgen.ir.formats.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
 from kernelgen.ir.formats.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
-from kernelgen.ir.formats.ternary import Q1_0, TQ1_0, TQ2_0
+from kernelgen.ir.formats.ternary import Q1_0, Q2_0, TQ1_0, TQ2_0
 
 FORMATS: tuple[BlockFormat, ...] = (
     F32, F16, BF16,
@@ -35,7 +35,7 @@ FORMATS: tuple[BlockFormat, ...] = (
     Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K,
     IQ4_NL, IQ4_XS, MXFP4, NVFP4,
     IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S,
-    TQ1_0, TQ2_0, Q1_0,
+    TQ1_0, TQ2_0, Q1_0, Q2_0,
 )  # fmt: skip
 
 _by_name = {f.name.lower(): f for f in FORMATS}

@@ -10,6 +10,8 @@ byte and 3**n has digit n above its lower eight bits, once the digits before it 
     qs[32 + l]       x[160 + 16*n + l]      l = 0..15, n = 0..4
     qh[l]            x[240 + 4*n + l]       l = 0..3,  n = 0..3
 
+q2_0: codes -1, 0, 1, 2; qs[j] holds x[4*j + s] at bits 2*s, 2*s + 1.
+
 q1_0: bit i of qs is 1 for d, 0 for -d.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, Scalar, table, where
 
-SOURCE = "ggml: ggml-common.h, block_tq1_0, block_tq2_0, block_q1_0; ggml-quants.c"
+SOURCE = "ggml: ggml-common.h, block_tq1_0, block_tq2_0, block_q2_0, block_q1_0; ggml-quants.c"
 
 
 def _digit(b: Any, i: Expr) -> Expr:
@@ -47,6 +49,14 @@ TQ2_0 = BlockFormat(
     scale=lambda b, g: b.d,
     bias=1,
     largest={"code": 2},  # all decoders take 3 for 2 * d, and none expects it
+)  # fmt: skip
+
+Q2_0 = BlockFormat(
+    name="q2_0", block=64, group=32, nbytes=18, source=SOURCE,
+    fields={"d": "f16", "qs": "u8[16]"},
+    code=lambda b, i: (b.qs[i // 4] >> (2 * (i % 4))) & 3,
+    scale=lambda b, g: b.d,
+    bias=1,
 )  # fmt: skip
 
 Q1_0 = BlockFormat(

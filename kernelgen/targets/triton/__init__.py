@@ -19,7 +19,8 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk, codebook_argument
+from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk
+from kernelgen.targets.codebook import codebook_argument
 from kernelgen.targets.printer import statement
 from kernelgen.targets.triton import attention, maps
 from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, TILES, UNROLLED
@@ -84,12 +85,13 @@ _DTYPES = {
 
 def _meaning(one: Argument, fmt: Subject) -> str:
     """What an argument's shape or content means, behind its declaration."""
+    if one.role == "table":
+        whose = f" of {fmt.name}" if isinstance(fmt, BlockFormat) else ""
+        return f": four codes{whose} each (tables in the manifest)"
     if not isinstance(fmt, BlockFormat):
         return ""
     if one.name == "w":
         return f", ROW_BYTES = K / {fmt.block} * {fmt.nbytes}" if fmt.block > 1 else ""
-    if one.role == "table":
-        return f": four codes of {fmt.name} each (tables in the manifest)"
     if one.name == "xd":
         return f", BLOCKS = K / {fmt.block}: x is about xd * xq"
     if one.name == "xs":

@@ -39,7 +39,8 @@ from kernelgen.ir.expr import (
 from kernelgen.ir.layout import NATIVE
 from kernelgen.ir.ops.attention import Attention, B, H, K, Q, S, reads
 from kernelgen.targets.attention import RESULT, TENSORS, arrays, dims, paged
-from kernelgen.targets.base import Argument, Launch, Walk, attends_without_codebook
+from kernelgen.targets.base import Argument, Launch, Walk
+from kernelgen.targets.codebook import codebook_argument, in_codebook
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, plain, tensor_steps
 
 # ---- steps ------------------------------------------------------------------------------------
@@ -158,8 +159,8 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
     score = lower(kind.score)
     mask = None if always is const(1, BOOL) else lower(kind.mask)
     return AttentionSteps(
-        k=_side("k", kind.k, kind.head_dim),
-        v=_side("v", kind.v, kind.value_dim),
+        k=_side("k", kind.k, kind.head_dim, kind),
+        v=_side("v", kind.v, kind.value_dim, kind),
         scale=kind.scale * (LOG2_E if score is None else 1),
         score=score,
         mask=mask,
@@ -171,7 +172,7 @@ def attention_steps(kind: Attention, config: Config) -> AttentionSteps:
     )
 
 
-def _side(name: str, fmt: BlockFormat, elements: int) -> Side:
+def _side(name: str, fmt: BlockFormat, elements: int, kind: Attention) -> Side:
     steps = tensor_steps(fmt, NATIVE)
 
     def change(node: Expr) -> Expr | None:
@@ -185,7 +186,7 @@ def _side(name: str, fmt: BlockFormat, elements: int) -> Side:
         return None
 
     def spelt(expr: Expr | None) -> Expr | None:
-        return None if expr is None else transform(expr, change)
+        return None if expr is None else in_codebook(kind, transform(expr, change))
 
     renamed = dataclasses.replace(
         steps,
@@ -316,7 +317,8 @@ def _sizes(*names: str) -> tuple[Argument, ...]:
 def _operands(kind: Attention) -> tuple[Argument, ...]:
     """Arrays, and their strides."""
     strides = (name for one in kind.operands for name in one.strides)
-    return (*paged(kind), *arrays(kind), *_sizes(*strides, *(["PAGES"] if kind.page else [])))
+    sizes = _sizes(*strides, *(["PAGES"] if kind.page else []))
+    return (*paged(kind), *arrays(kind), *codebook_argument("i32")(kind), *sizes)
 
 
 #: for each program that shares keys and each row: a sum of values; a maximum, and a sum of weights
@@ -337,7 +339,6 @@ def _flash(precision: str, config: type[Config]) -> Walk:
             *_sizes("B", "H", "HK", "T", "S"),
         ),
         steps=attention_steps, launch=_launch, operands=_operands, fits=_fits,
-        applies=attends_without_codebook,
         then=lambda config: ("attention_combine",) * (config.as_dict()["splits"] > 1),
     )  # fmt: skip
 

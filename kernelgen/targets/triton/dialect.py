@@ -24,7 +24,7 @@ from kernelgen.ir.expr import (
 )
 from kernelgen.ir.ranges import interval
 from kernelgen.ir.rules import simplify
-from kernelgen.targets.base import CODEBOOK
+from kernelgen.targets.codebook import CODEBOOK
 from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
 
 _TYPES = {BOOL: "int1", I32: "int32", U32: "uint32", F32: "float32"}

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from kernelgen.config import Capabilities
+from kernelgen.ir.ops.attention import Attention
+from kernelgen.ir.steps import MemorySteps
 from kernelgen.targets import simt, simt_attention, simt_maps
-from kernelgen.targets.base import Target, Walk, attends_without_codebook, codebook_argument
+from kernelgen.targets.base import Target, Walk
+from kernelgen.targets.codebook import codebook_argument, in_codebook
+from kernelgen.targets.simt_attention import AttentionSteps
 from kernelgen.targets.wgsl.dialect import MEMORY, WgslWords
 
 _KEYWORDS = frozenset(
@@ -19,14 +23,31 @@ _KEYWORDS = frozenset(
 )
 
 
+_CODEBOOK = codebook_argument("u32")
+
+
 def _with_codebook(walk: Walk) -> Walk:
     """A walk of what reads weights takes a format's long table as an argument: a constant array
     becomes one of each thread with some drivers."""
     if walk.op == "attention":
-        return dataclasses.replace(walk, applies=attends_without_codebook)
+        return dataclasses.replace(
+            walk,
+            operands=lambda kind: (*walk.operands(kind), *_CODEBOOK(kind)),
+            steps=lambda kind, config: _looking_up(kind, walk.steps(kind, config)),
+        )
     if not any(a.name == "w" for a in walk.arguments):
         return walk
-    return dataclasses.replace(walk, operands=codebook_argument("u32"))
+    return dataclasses.replace(walk, operands=_CODEBOOK)
+
+
+def _looking_up(kind: Attention, steps: AttentionSteps) -> AttentionSteps:
+    """The same with codes that come from the argument."""
+
+    def change(one: MemorySteps) -> MemorySteps:
+        codes = None if one.codes is None else in_codebook(kind, one.codes)
+        return dataclasses.replace(one, codes=codes)
+
+    return dataclasses.replace(steps, k=change(steps.k), v=change(steps.v))
 
 
 TARGET = Target(

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from kernelgen.ir.expr import WordTable
-from kernelgen.targets.base import CODEBOOK, Argument
+from kernelgen.targets.base import Argument
+from kernelgen.targets.codebook import CODEBOOK
 from kernelgen.targets.printer import Dialect
 from kernelgen.targets.simt import table_type
 
