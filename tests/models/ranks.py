@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -63,39 +64,65 @@ def everywhere(count: int, name: str, folder: Path, seconds: float = 240, **give
     command = ["-c", MAIN, name, str(folder), json.dumps(given)]
     for code, out, err in end(start(count, command), seconds):
         assert code == 0, f"{out}\n{err}"
+    return found(count, folder)
+
+
+def found(count: int, folder: Path) -> list[Any]:
+    """What a function of this module gave on each rank."""
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
 def main(name: str, folder: str, given: str) -> None:
-    found = globals()[name](**json.loads(given))
-    Path(folder, f"{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(found))
+    """What each process runs."""
+    globals()[name](Path(folder, f"{os.environ['RANK']}.pickle"), **json.loads(given))
 
 
 def results(
-    path: str, prompts: list[list[int]], target: str = "numpy", precision: str = "fp32",
-    count: int = 6, **cut: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What a model makes of prompts: logits in all ways in which it is called, and tokens."""
+    to: Path, path: str, prompts: list[list[int]], target: str = "numpy", precision: str = "fp32",
+    count: int = 6, forever: bool = False, **cut: int,
+) -> None:  # fmt: skip
+    """What a model makes of prompts: logits in all ways in which it is called, and tokens.
+
+    forever  then tokens without end, and a word when they flow
+    """
     from kernelgen import models
 
+    if forever:
+        signal.alarm(300)  # whatever becomes of the test
     with models.connect(**cut) as ranks:
         model = models.open(path, target, precision, ranks)
-        cache = model.sequences(2, capacity=64)
-        prompt = prompts[0]
-        found: dict[str, Any] = {
-            "every": model.forward([(0, prompt)], cache, every=True),
-            "next": model.forward([(0, prompt[:1]), (1, prompt[:7])], cache),
-            "kv": cache.nbytes,
-            "bytes": sum(w.nbytes for w in held(model)),
-            "layers": list(model.part.layers),
-        }
-        mine = [list(models.Generation(model, one, count)) for one in ranks.own(prompts)]
-        found["tokens"] = ranks.collect(mine)
-        server = models.Server(model, 3, capacity=64)
-        requests = [server.submit(one, count) for one in prompts]
-        server.run()
-        found["served"] = [one.tokens for one in requests]
-        found["mine"] = len(mine)
+        to.write_bytes(pickle.dumps(called(model, prompts, count)))
+        cache = model.sequences(capacity=64)
+        turns = 0
+        while forever:
+            turns += 1
+            if turns == 3:
+                print("runs", flush=True)
+            cache.truncate()
+            model.forward([(0, [1, 2, 3])], cache)
+
+
+def called(model: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
+    """See `results`."""
+    from kernelgen import models
+
+    cache = model.sequences(2, capacity=64)
+    prompt = prompts[0]
+    ranks = model.ranks
+    found: dict[str, Any] = {
+        "every": model.forward([(0, prompt)], cache, every=True),
+        "next": model.forward([(0, prompt[:1]), (1, prompt[:7])], cache),
+        "kv": cache.nbytes,
+        "bytes": sum(w.nbytes for w in held(model)),
+        "layers": list(model.part.layers),
+    }
+    mine = [list(models.Generation(model, one, count)) for one in ranks.own(prompts)]
+    found["mine"] = len(mine)
+    found["tokens"] = ranks.collect(mine)
+    server = models.Server(model, 3, capacity=64)
+    requests = [server.submit(one, count) for one in prompts]
+    server.run()
+    found["served"] = [one.tokens for one in requests]
     return found
 
 
@@ -103,14 +130,14 @@ def held(model: Any) -> list[Any]:
     """The matrices that a rank has."""
     kinds = ("q", "k", "v", "out", "gate", "up", "down")
     found = [getattr(layer, kind).w for layer in model.layers for kind in kinds]
-    if model.part.first:
+    if model.part.first or (model.part.last and model.part.tied):
         found.append(model.embedding)
     if model.part.last and not model.part.tied:
         found.append(model.output.w)
     return found
 
 
-def mistakes(paths: list[str], **cut: int) -> list[str]:
+def mistakes(to: Path, paths: list[str], **cut: int) -> None:
     """What is said on each rank where something is wrong on some; all go on."""
     from kernelgen import models
     from kernelgen.errors import KernelgenError
@@ -123,18 +150,4 @@ def mistakes(paths: list[str], **cut: int) -> list[str]:
                 model.forward([(0, [1 << 20])], model.sequences(capacity=8))
             except KernelgenError as error:
                 said.append(str(error))
-    return said
-
-
-def forever(path: str, **cut: int) -> None:
-    """Tokens without end, and a word when they flow."""
-    from kernelgen import models
-
-    with models.connect(**cut) as ranks:
-        model = models.open(path, "numpy", "fp32", ranks)
-        cache = model.sequences(capacity=64)
-        for n in range(1 << 30):
-            if n == 3:
-                print("runs", flush=True)
-            cache.truncate()
-            model.forward([(0, [1, 2, 3])], cache)
+        to.write_bytes(pickle.dumps(said))

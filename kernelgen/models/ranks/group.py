@@ -34,6 +34,9 @@ class Ranks:
         """What this rank holds of a model; see `Plan` for what it refuses."""
         return Plan(shape, tensors, where=where).part()
 
+    def __str__(self) -> str:
+        return "1 process"
+
     def pieces(self, turns: Sequence[Turn]) -> list[list[Turn]]:
         """The same tokens in micro-batches, which go through the stages one behind the other."""
         return [list(turns)]
@@ -67,6 +70,10 @@ class Ranks:
     def collect(self, answers: Sequence[T]) -> list[T]:
         """What all replicas made of `own` prompts, in the order of the prompts."""
         return list(answers)
+
+    def everywhere(self, what: T) -> list[T]:
+        """What every rank says, by rank; all wait for it."""
+        return [what]
 
     def close(self, failure: str | None = None) -> None:
         """Wait until all are done; with a failure, leave at once and tell the others."""

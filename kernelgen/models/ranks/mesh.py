@@ -146,7 +146,7 @@ class Mesh(Ranks):
         """What this rank holds; RankError where ranks were given different models."""
         listing = [(name, w.format.name, w.shape) for name, w in tensors.items()]
         mine = hashlib.sha256(repr((shape, listing)).encode()).hexdigest()
-        found = self._everywhere(mine)
+        found = self.everywhere(mine)
         if other := [n for n, one in enumerate(found) if one != found[0]]:
             raise SharedError(
                 f"rank {other[0]} was given another model than rank 0; give all ranks the same file"
@@ -234,7 +234,7 @@ class Mesh(Ranks):
             raise  # all have it already, or somebody is not there to be told
         except (KernelgenError, OSError) as caught:
             error = caught
-        found = self._everywhere(None if error is None else str(error))
+        found = self.everywhere(None if error is None else str(error))
         failed = [n for n, one in enumerate(found) if one is not None]
         if failed:
             alike = len(failed) == self.count and len(set(found)) == 1
@@ -254,12 +254,16 @@ class Mesh(Ranks):
             self._dist.all_gather_object(found, list(answers), group=self._of["dp"])
         return list(undealt(found))
 
-    def _everywhere(self, what: Any) -> list[Any]:
-        """What every rank says, by rank."""
+    def everywhere(self, what: T) -> list[T]:
+        """Gathered from all ranks."""
         found: list[Any] = [None] * self.count
         with self._engine("a gather"):
             self._dist.all_gather_object(found, what)
         return found
+
+    def __str__(self) -> str:
+        sizes = {"tp": self._tp, "pp": self._pp, "dp": self.replicas}
+        return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
     def close(self, failure: str | None = None) -> None:
         """Wait for the others and leave; with a failure, leave at once and tell them."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: seconds between beats, and without one until a rank is given up
-EVERY, SILENT = 1.0, 15.0
+EVERY, SILENT = 1.0, 20.0
 #: how the beat of a rank begins that ended, well or not
 _LEFT, _FAILED = "left", "failed "
 
@@ -34,7 +34,7 @@ class Watch:
         self._store, self._rank = store, rank
         self._end = end or self._exit
         self._others = [n for n in range(count) if n != rank]
-        now = time.monotonic()
+        now, self._beat = time.monotonic(), 0
         self._beats = dict.fromkeys(self._others, "")
         self._heard = dict.fromkeys(self._others, now)
         self._answered = now
@@ -76,20 +76,20 @@ class Watch:
         return None
 
     def _talk(self) -> None:
-        """Write beats, and read those of the others."""
-        n = 0
-        keys = [f"beat/{other}" for other in self._others]
-        while not self._closed.wait(EVERY):
-            n += 1
-            try:
-                self._store.set(f"beat/{self._rank}", str(n))
-                found = self._store.multi_get(keys)
-            except RuntimeError:  # its server is gone: `_judge` sees that nothing comes
-                return
-            self._answered = time.monotonic()
-            for other, beat in zip(self._others, found, strict=True):
-                if beat.decode() != self._beats[other]:
-                    self._beats[other], self._heard[other] = beat.decode(), time.monotonic()
+        """Until the server of the store is gone, which `_judge` notices."""
+        with contextlib.suppress(RuntimeError):
+            while not self._closed.wait(EVERY):
+                self._exchange()
+
+    def _exchange(self) -> None:
+        """Write a beat, and read those of the others."""
+        self._beat += 1
+        self._store.set(f"beat/{self._rank}", str(self._beat))
+        found = self._store.multi_get([f"beat/{other}" for other in self._others])
+        self._answered = time.monotonic()
+        for other, beat in zip(self._others, found, strict=True):
+            if beat.decode() != self._beats[other]:
+                self._beats[other], self._heard[other] = beat.decode(), self._answered
 
     def _judge(self) -> None:
         """Touches no store, which may hang."""
