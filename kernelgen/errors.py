@@ -45,3 +45,7 @@ class ConfigError(KernelgenError, ValueError):
 
 class TuningError(KernelgenError):
     """A tuned configuration is missing where one is required, or a study cannot be made."""
+
+
+class RankError(KernelgenError):
+    """Another rank is gone, failed, or does something else."""

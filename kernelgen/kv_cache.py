@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,14 +126,15 @@ class KVCache:
             return [*quantize(np.stack(given), self.keys.format).data]
         return [quantize(x, w.format).data for x, w in zip(given, self._tensors, strict=True)]
 
-    def _make_room(self, which: list[int], count: int) -> None:
-        """Pages for `count` more tokens of some sequences, or ShapeError."""
+    def check_room(self, batches: Sequence[int], counts: Sequence[int]) -> None:
+        """Raises ShapeError where so many more tokens of each of some sequences do not fit."""
         known = range(len(self.lengths))
-        if len(set(which)) < len(which) or not all(b in known for b in which):
+        if len(set(batches)) < len(batches) or not all(b in known for b in batches):
             raise ShapeError(
-                f"sequences {which} were named; each is at most once, from 0 to {known[-1]}"
+                f"sequences {batches} were named; each is at most once, from 0 to {known[-1]}"
             )
-        longest = max((int(self.lengths[b]) for b in which), default=0) + count
+        lengths = [int(self.lengths[b]) for b in batches]
+        longest = max((has + more for has, more in zip(lengths, counts, strict=True)), default=0)
         if longest > self._capacity:
             raise ShapeError(
                 f"{longest} tokens of a sequence do not fit a cache for {self._capacity}; make it"
@@ -141,14 +142,23 @@ class KVCache:
             )
         if self.pages is None:
             return
-        has = {b: -(-int(self.lengths[b]) // self._page) for b in which}
-        wants = {b: -(-(int(self.lengths[b]) + count) // self._page) for b in which}
-        missing = sum(wants.values()) - sum(has.values())
+        missing = sum(
+            -(-(has + more) // self._page) - -(-has // self._page)
+            for has, more in zip(lengths, counts, strict=True)
+        )
         if missing > len(self._free):
             raise ShapeError(
                 f"{missing} more pages are needed, and {len(self._free)} are free; truncate"
                 " sequences that have ended, or make the pool larger"
             )
+
+    def _make_room(self, which: list[int], count: int) -> None:
+        """Pages for `count` more tokens of some sequences, or ShapeError."""
+        self.check_room(which, [count] * len(which))
+        if self.pages is None:
+            return
+        has = {b: -(-int(self.lengths[b]) // self._page) for b in which}
+        wants = {b: -(-(int(self.lengths[b]) + count) // self._page) for b in which}
         for b in which:
             for n in range(has[b], wants[b]):
                 self.pages[b, n] = self._free.pop()

@@ -31,7 +31,8 @@ class QuantTensor:
             column j of the blocks is column columns[j] of the matrix (GPTQ's act-order)
 
     Its data is read-only: targets keep repacked copies of it.  `w[n]` and `w[a:b]` are tensors
-    that share the data.  Tensors are equal when format, shape and bytes are.
+    that share the data; `cut_columns` gives one of some columns.  Tensors are equal when format,
+    shape and bytes are.
 
     Raises FormatError for an unknown format or a K it cannot hold, ShapeError for any other
     contradiction between shape and data.
@@ -165,6 +166,32 @@ class QuantTensor:
             return self._part(shape, self._data[start:stop])
         at = _index(key, len(self), "index", self)
         return self._part(self._shape[1:], self._data[at])
+
+    def cut_columns(self, start: int, stop: int) -> QuantTensor:
+        """Columns start ... stop - 1 of all rows, a tensor (..., stop - start) of its own bytes;
+        itself where these are all.
+
+        Raises ShapeError where the cut is not between blocks, or where the blocks have another
+        order than the columns.
+        """
+        block, k = self._format.block, self._shape[-1]
+        if (start, stop) == (0, k):
+            return self
+        if self._columns is not None:
+            raise ShapeError(
+                f"columns {start} to {stop} of {self!r} were asked for; its blocks hold columns in"
+                " another order, so only rows of it can be cut"
+            )
+        if not 0 <= start < stop <= k or start % block or stop % block:
+            raise ShapeError(
+                f"columns {start} to {stop} of {self!r} were asked for; a cut is between blocks,"
+                f" at multiples of {block} from 0 to {k}"
+            )
+        blocks = self._data.reshape(*self._shape[:-1], k // block, self._format.nbytes)
+        return QuantTensor(
+            self._format, (*self._shape[:-1], stop - start),
+            blocks[..., start // block : stop // block, :], self.name,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self._shape[0]

@@ -240,6 +240,30 @@ def test_indexing_errors() -> None:
         w.row(3)
 
 
+@pytest.mark.parametrize("fmt", ["f16", "q8_0", "q4_K", "iq2_xs", "mxfp4"])
+def test_columns_of_whole_blocks(fmt: str) -> None:
+    w = random_tensor(fmt, (3, 1024))
+    for start, stop in ((0, 256), (256, 1024), (512, 768)):
+        cut = w.cut_columns(start, stop)
+        assert (cut.shape, cut.format) == ((3, stop - start), w.format)
+        assert np.array_equal(cut.dequantize(), w.dequantize()[:, start:stop], equal_nan=True)
+    assert w.cut_columns(0, 1024) is w
+    stack = QuantTensor(fmt, (1, 3, 1024), w.data)
+    assert stack.cut_columns(256, 512)[0] == w.cut_columns(256, 512)
+    assert w.row(1).cut_columns(256, 512) == w.cut_columns(256, 512).row(1)
+
+
+def test_columns_that_cannot_be_cut() -> None:
+    w = random_tensor("q4_K", (3, 1024))
+    for start, stop in ((0, 128), (128, 256), (256, 256), (512, 256), (0, 1280), (-256, 256)):
+        with pytest.raises(ShapeError, match=f"columns {start} to {stop} of .* multiples of 256"):
+            w.cut_columns(start, stop)
+    mixed = QuantTensor("q4_K", (3, 1024), w.data, columns=np.arange(1024)[::-1])
+    with pytest.raises(ShapeError, match="another order, so only rows") as info:
+        mixed.cut_columns(0, 256)
+    assert is_sentence(str(info.value))
+
+
 def test_quantize() -> None:
     quantizer = pytest.importorskip("kernelgen.quantizer")
     if not hasattr(quantizer, "quantize"):

@@ -22,6 +22,7 @@ from kernelgen.cli import (
     describing,
     emulate,
     models,
+    plan,
     tensors,
     tuning,
 )
@@ -97,6 +98,7 @@ for _name, _command in (
 ):
     app.command(_name)(_command)
 models.register(app)
+plan.register(app)
 tuning.register(app)
 
 

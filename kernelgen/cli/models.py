@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kernelgen import bench as benchmark
 from kernelgen import generate, models
+from kernelgen.cli.ranks import across_ranks
 from kernelgen.cli.terminal import AsJson, complain, console, print_json, progress_bar, table
 from kernelgen.errors import FileError
 from kernelgen.models import measure
@@ -32,7 +33,11 @@ CacheFormat = Annotated[
 
 def run(
     file: File,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the text begins with.")],
+    ranks: models.Ranks,
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", "-p", help="What the text begins with; may be repeated."),
+    ],
     count: Annotated[
         int, typer.Option("--tokens", "-n", min=1, help="Tokens that follow, at most.")
     ] = 128,
@@ -50,41 +55,59 @@ def run(
     precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text; then say how fast it was, and which kernels ran."""
-    sampler = models.Sampler(temperature, top_k, top_p, seed)
-    model = models.open(file, target, precision)
-    tokenizer = _tokenizer(model)
-    text = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
-    ids = tokenizer.encode(text, special=True)
+    """Continue a text, or each of some; then say how fast it was, and which kernels ran."""
+    model = models.open(file, target, precision, ranks)
     keys, values = _formats(cache)
-    room = min(len(ids) + count, max(model.shape.context, len(ids)))
-    kept = model.sequences(capacity=max(1, room), format=keys, value_format=values)
-    making = models.Generation(
-        model, ids, count, sampler=sampler, ends=tokenizer.ends, cache=kept
-    )  # fmt: skip
+    with ranks.together():
+        tokenizer = _tokenizer(model)
+
+        def begun(text: str) -> models.Generation:
+            asked = tokenizer.chat([{"role": "user", "content": text}]) if chat else text
+            ids = tokenizer.encode(asked, special=True)
+            room = min(len(ids) + count, max(model.shape.context, len(ids)))
+            return models.Generation(
+                model, ids, count, sampler=models.Sampler(temperature, top_k, top_p, seed),
+                ends=tokenizer.ends,
+                cache=model.sequences(capacity=max(1, room), format=keys, value_format=values),
+            )  # fmt: skip
+
+        begun_all = [begun(text) for text in ranks.own(prompt)]
     before = set(generate.generated())
-    pieces = []
-    for piece in tokenizer.stream(making):
-        pieces.append(piece)
-        if not as_json:
-            typer.echo(piece, nl=False)
+    streams = not as_json and ranks.replicas == 1
+
+    def answer(making: models.Generation) -> dict[str, Any]:
+        pieces = []
+        for piece in tokenizer.stream(making):
+            pieces.append(piece)
+            if streams:
+                typer.echo(piece, nl=False)
+        if streams:
+            typer.echo()
+        read = len(making.prompt)
+        return {
+            "text": "".join(pieces),
+            "target": model.target,
+            "prompt_tokens": read,
+            "prompt_per_second": _rate(read, making.prompt_seconds),
+            "tokens": making.tokens,
+            # the first comes from the prompt
+            "tokens_per_second": _rate(making.tokens - 1, making.seconds),
+        }
+
+    found = ranks.collect([answer(one) for one in begun_all])
     kernels = [one.name for one in generate.generated() if one not in before]
-    speeds = {
-        "prompt_tokens": len(ids),
-        "prompt_per_second": _rate(len(ids), making.prompt_seconds),
-        "tokens": making.tokens,
-        # the first comes from the prompt
-        "tokens_per_second": _rate(making.tokens - 1, making.seconds),
-    }
     if as_json:
-        print_json({"text": "".join(pieces), "target": model.target, **speeds, "kernels": kernels})
+        answers = [one | {"kernels": kernels} for one in found]
+        print_json(answers[0] if len(answers) == 1 else answers)
         return
-    typer.echo()
-    complain(
-        f"target {model.target}: prompt {len(ids)} tokens,"
-        f" {speeds['prompt_per_second']:.2f} tokens/s (with compiling and repacking);"
-        f" then {making.tokens} tokens, {speeds['tokens_per_second']:.2f} tokens/s"
-    )
+    for one in found:
+        if not streams:
+            typer.echo(one["text"])
+        complain(
+            f"target {model.target}: prompt {one['prompt_tokens']} tokens,"
+            f" {one['prompt_per_second']:.2f} tokens/s (with compiling and repacking);"
+            f" then {one['tokens']} tokens, {one['tokens_per_second']:.2f} tokens/s"
+        )
     complain("kernels: " + ", ".join(kernels))
 
 
@@ -110,6 +133,7 @@ def _tokenizer(model: models.Decoder) -> models.Tokenizer:
 
 def bench_model(
     file: File,
+    ranks: models.Ranks,
     prompt: Annotated[int, typer.Option("-p", min=0, help="Tokens of the prompt; 0: none.")] = 512,
     tokens: Annotated[int, typer.Option("-n", min=0, help="Tokens that follow; 0: none.")] = 128,
     tenants: Annotated[int, typer.Option(min=1, help="Sequences over the same weights.")] = 1,
@@ -120,7 +144,7 @@ def bench_model(
     as_json: AsJson = False,
 ) -> None:
     """Time a model: tokens of a prompt (pp) and tokens that follow (tg) in a second."""
-    model = models.open(file, target, precision)
+    model = models.open(file, target, precision, ranks)
     warning = benchmark.busy()
     keys, values = _formats(cache)
     found = measure.speeds(
@@ -130,14 +154,16 @@ def bench_model(
     if warning:
         complain(f"warning: {warning}")
     if as_json:
-        print_json({"target": model.target, "tests": [one.as_dict() for one in found]})
+        data = {"target": model.target, "ranks": ranks.count}
+        print_json(data | {"tests": [one.as_dict() for one in found]})
         return
     numbers = ["size", "cache", "tokens/s"]
     shown = table("model", "size", "target", "tenants", "cache", "test", "tokens/s", right=numbers)
     for one in found:
+        name = f"{model.shape.architecture} {file.stem}"
         shown.add_row(
-            f"{model.shape.architecture} {file.stem}", human_bytes(model.file.nbytes), model.target,
-            str(one.tenants), human_bytes(one.cache_bytes), one.test,
+            f"{name} ({ranks})" if ranks.count > 1 else name, human_bytes(model.file.nbytes),
+            model.target, str(one.tenants), human_bytes(one.cache_bytes), one.test,
             f"{one.mean:.2f} ± {one.deviation:.2f}",
         )  # fmt: skip
     console().print(shown)
@@ -145,6 +171,7 @@ def bench_model(
 
 def perplexity(
     file: File,
+    ranks: models.Ranks,
     text: Annotated[Path, typer.Argument(metavar="TEXT", help="A text in UTF-8.")],
     context: Annotated[int, typer.Option("--context", "-c", min=4, help="Tokens of a part.")] = 512,
     cache: CacheFormat = "f16",
@@ -157,7 +184,7 @@ def perplexity(
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise FileError(f"{text} is not text in UTF-8; convert it first") from None
-    model = models.open(file, target, precision)
+    model = models.open(file, target, precision, ranks)
     tokenizer = _tokenizer(model)
     ids = tokenizer.encode(content)
     keys, values = _formats(cache)
@@ -179,6 +206,6 @@ def perplexity(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.command("run")(run)
-    app.command("bench-model")(bench_model)
-    app.command("perplexity")(perplexity)
+    app.command("run")(across_ranks(run))
+    app.command("bench-model")(across_ranks(bench_model))
+    app.command("perplexity")(across_ranks(perplexity))

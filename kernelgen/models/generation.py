@@ -106,6 +106,7 @@ def perplexity(
     second half of each counts.
 
     tell   is called after each part: parts done, parts in all, perplexity so far
+    Replicas share the parts.
     Raises ShapeError for a text shorter than two parts.
     """
     parts = len(tokens) // context if context >= 4 else 0
@@ -116,7 +117,7 @@ def perplexity(
         )
     cache = model.sequences(capacity=context, format=format, value_format=value_format)
     total, count = 0.0, 0
-    for n in range(parts):
+    for n in model.ranks.own(range(parts)):
         part = list(tokens[n * context : (n + 1) * context])
         following = part[context // 2 + 1 :]
         if bos is not None:
@@ -130,7 +131,8 @@ def perplexity(
         total += float(-_log_probabilities(logits, following).sum())
         count += len(following)
         tell(n + 1, parts, math.exp(total / count))
-    return math.exp(total / count)
+    totals, counts = zip(*model.ranks.collect([(total, count)]), strict=True)
+    return math.exp(sum(totals) / sum(counts))
 
 
 def _log_probabilities(logits: Array, tokens: Sequence[int]) -> Array:

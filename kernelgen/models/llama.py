@@ -17,14 +17,15 @@ import numpy.typing as npt
 import kernelgen
 from kernelgen.errors import FileError, ShapeError
 from kernelgen.gguf_files import Model
-from kernelgen.ir.ops.rope import Factors
+from kernelgen.ir.ops.rope import Factors, Scaling
 from kernelgen.kv_cache import KVCache
 from kernelgen.models.hyperparameters import Hyperparameters
+from kernelgen.models.ranks.group import Ranks
+from kernelgen.models.ranks.group import Turn as Turn
+from kernelgen.models.ranks.plan import Part
 from kernelgen.tensor import QuantTensor
 
 Array = npt.NDArray[Any]
-#: a sequence, counted from 0, and the tokens that it gets
-Turn = tuple[int, Sequence[int]]
 
 #: tokens of a page of a cache of several sequences
 PAGE = 32
@@ -90,31 +91,49 @@ class Decoder:
 
     target     where all kernels run; by default the best here
     precision  of products, as `kernelgen.matmul` has it
+    ranks      the processes among which the model is cut; by default this one has all of it
 
+    `shape` is that of the whole model, `part` what this rank holds, and `layers` are its own.
     Weights are repacked for the target in the first call that uses them, and kept.
     Raises FileError for an architecture that is not known, and for tensors that are missing, of
     another shape, or of no use.
     """
 
-    def __init__(self, file: Model, target: str | None = None, precision: str = "auto") -> None:
+    def __init__(
+        self,
+        file: Model,
+        target: str | None = None,
+        precision: str = "auto",
+        ranks: Ranks | None = None,
+    ) -> None:
         self.file = file
+        self.ranks = ranks or Ranks()
         self.target = target or kernelgen.api.default_target()
         self.precision = precision
         self.shape = shape = Hyperparameters.of(file.metadata, str(file.path))
-        weights = _Weights(file)
-        self.embedding = weights.matrix("token_embd", None, shape.width)
-        self.vocabulary = self.embedding.shape[0]
-        self.layers = [_layer(weights, f"blk.{n}.", shape) for n in range(shape.layers)]
-        self.norm = weights.vector("output_norm.weight", shape.width)
-        tied = "output.weight" not in file
-        self.output = self.embedding if tied else weights.matrix("output", self.vocabulary)
-        factors = weights.optional("rope_freqs.weight", shape.rope_dims // 2)
-        scaling = shape.scaling if factors is None else Factors(tuple(factors.tolist()))
+        self.part = self.ranks.plan(shape, file, str(file.path))
+        self.vocabulary: int = file["token_embd.weight"].shape[0]
+        with self.ranks.together():
+            scaling = self._read(file)
         self._turning: dict[str, Any] = {
             "dims": shape.rope_dims, "base": shape.rope_base, "pairing": shape.pairing,
             "scaling": scaling, "target": self.target,
         }  # fmt: skip
+
+    def _read(self, file: Model) -> Scaling | None:
+        """Take this rank's weights; gives what stretches rotary positions."""
+        shape, part = self.shape, self.part
+        weights = _Weights(file, part)
+        if part.first or (part.last and part.tied):
+            self.embedding = weights.matrix("token_embd", None, shape.width)
+        self.layers = [_layer(weights, f"blk.{n}.", shape) for n in part.layers]
+        if part.last:
+            self.norm = weights.vector("output_norm.weight", shape.width)
+            output = self.embedding if part.tied else weights.matrix("output", self.vocabulary)
+            self.output = Projection(output)
+        factors = weights.optional("rope_freqs.weight", shape.rope_dims // 2)
         weights.check_all_used()
+        return shape.scaling if factors is None else Factors(tuple(factors.tolist()))
 
     def sequences(
         self,
@@ -130,7 +149,7 @@ class Decoder:
 
         Several share `pool` pages of 32 tokens, by default enough for all at full length.
         """
-        shape = self.shape
+        shape = self.part.shape
         room = min(shape.context, 4096) if capacity is None else capacity
         return Sequences(
             [
@@ -154,6 +173,14 @@ class Decoder:
         Raises ShapeError, and keeps nothing, where there is no room.
         """
         counts = [len(tokens) for _, tokens in turns]
+        self._check(turns, counts, cache)
+        x = np.concatenate([self._blocks(some, cache) for some in self.ranks.pieces(turns)])
+        if not every:
+            x = x[np.cumsum(counts) - 1]
+        return self.ranks.logits(lambda: self._logits(x), len(x), self.vocabulary)
+
+    def _check(self, turns: Sequence[Turn], counts: Sequence[int], cache: Sequences) -> None:
+        """Refuse on every rank what one of them could not do."""
         if not turns or not all(counts):
             raise ShapeError("a model was called without tokens; each sequence gets at least one")
         which = [sequence for sequence, _ in turns]
@@ -161,26 +188,54 @@ class Decoder:
             raise ShapeError(
                 f"sequences {which} were named; the cache has {len(cache.lengths)}, from 0 on"
             )
+        for _, tokens in turns:
+            if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+                raise ShapeError(
+                    f"tokens {min(tokens)} to {max(tokens)} were given; the model has"
+                    f" {self.vocabulary}, from 0 on"
+                )
+        cache.layers[0].check_room(which, counts)
+
+    def _blocks(self, turns: Sequence[Turn], cache: Sequences) -> Array:
+        """What this rank's layers make of new tokens, (tokens, width)."""
+        counts = [len(tokens) for _, tokens in turns]
+        which = [sequence for sequence, _ in turns]
         before = cache.lengths[which]
         positions = np.concatenate(
             [start + np.arange(n) for start, n in zip(before, counts, strict=True)]
         ).astype(np.int32)
         groups = _groups(which, counts)
-        ids = np.concatenate([np.asarray(tokens, np.int32) for _, tokens in turns])
-        x = kernelgen.get_rows(self.embedding, ids, target=self.target)
+        if self.part.first:
+            x = self._embed(np.concatenate([np.asarray(tokens, np.int32) for _, tokens in turns]))
+        else:
+            x = self.ranks.receive((len(positions), self.shape.width))
         for layer, kv in zip(self.layers, cache.layers, strict=True):
             x = self._attention(layer, x, kv, positions, groups)
             x = self._feed_forward(layer, x)
-        if not every:
-            x = x[np.cumsum(counts) - 1]
-        logits: Array = self._project(self._norm(x, self.norm), Projection(self.output))
-        return logits
+        if not self.part.last:
+            self.ranks.send(x)
+        return x
+
+    def _embed(self, ids: Array) -> Array:
+        """Rows of the embedding, each from the rank that has it."""
+        tokens = self.part.cut.tokens
+        own = (ids >= tokens.start) & (ids < tokens.stop)
+        x = kernelgen.get_rows(
+            self.embedding, np.where(own, ids - tokens.start, 0), target=self.target
+        )
+        if not own.all():
+            x[~own] = 0
+        return self.ranks.sum(x)
+
+    def _logits(self, x: Array) -> Array:
+        """Of this rank's part of the vocabulary, (rows, tokens of it)."""
+        return self._project(self._norm(x, self.norm), self.output)
 
     def _attention(
         self, layer: Layer, x: Array, kv: KVCache, positions: Array, groups: list[_Group]
     ) -> Array:
         """x + attention(norm(x)), x (tokens, width)."""
-        shape = self.shape
+        shape = self.part.shape  # its own heads
         h = self._norm(x, layer.attention_norm)
         q = self._project(h, layer.q).reshape(len(x), shape.heads, shape.head_dim)
         k = self._project(h, layer.k).reshape(len(x), shape.kv_heads, shape.head_dim)
@@ -200,7 +255,7 @@ class Decoder:
                 lengths=kv.lengths[one.sequences], pages=pages, target=self.target,
             )  # fmt: skip
             y[one.rows] = found.swapaxes(1, 2)
-        return self._project(y.reshape(len(x), -1), layer.out, residual=x)
+        return self._add(x, y.reshape(len(x), -1), layer.out)
 
     def _feed_forward(self, layer: Layer, x: Array) -> Array:
         """x + down(silu(gate(norm(x))) * up(norm(x)))."""
@@ -214,7 +269,11 @@ class Decoder:
         else:
             other = self._project(h, up)
             y = self._project(h, gate, activation="silu", epilogue=_times, operands=[other])
-        return self._project(y, layer.down, residual=x)
+        return self._add(x, y, layer.down)
+
+    def _add(self, x: Array, y: Array, one: Projection) -> Array:
+        """x + one(y), of which each tensor rank has some columns, and y those elements."""
+        return self.ranks.sum(self._project(y, one, residual=x if self.part.leads else None))
 
     def _norm(self, x: Array, weight: Array) -> Array:
         found: Array = kernelgen.rms_norm(x, weight, self.shape.eps, target=self.target)
@@ -232,13 +291,21 @@ def _times(y: Any, other: Any) -> Any:
 
 
 def open(
-    path: str | os.PathLike[str], target: str | None = None, precision: str = "auto"
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    precision: str = "auto",
+    ranks: Ranks | None = None,
 ) -> Decoder:
-    """The decoder in a GGUF file (see `Decoder`)."""
-    file = kernelgen.open(path)
-    if not isinstance(file, Model):
-        raise FileError(f"{path} is a checkpoint in safetensors; models are run from GGUF files")
-    return Decoder(file, target, precision)
+    """The decoder in a GGUF file (see `Decoder`), on this rank; what one rank cannot open, none
+    can."""
+    with (ranks or Ranks()).together():
+        file = kernelgen.open(path)
+        if not isinstance(file, Model):
+            raise FileError(
+                f"{path} is a checkpoint in safetensors; models are run from GGUF files"
+            )
+        Hyperparameters.of(file.metadata, str(file.path))
+    return Decoder(file, target, precision, ranks)
 
 
 @dataclass(frozen=True)
@@ -288,10 +355,10 @@ def _layer(weights: _Weights, prefix: str, shape: Hyperparameters) -> Layer:
 
 
 class _Weights:
-    """The tensors of a file, each checked for its shape and counted as used."""
+    """A rank's part of the tensors of a file, each checked for its shape and counted as used."""
 
-    def __init__(self, file: Model) -> None:
-        self._file = file
+    def __init__(self, file: Model, part: Part) -> None:
+        self._file, self._part = file, part
         self._used: set[str] = set()
 
     def _take(self, name: str, shape: tuple[int | None, ...]) -> QuantTensor:
@@ -309,17 +376,19 @@ class _Weights:
         return found
 
     def matrix(self, name: str, n: int | None, k: int | None = None) -> QuantTensor:
-        return self._take(f"{name}.weight", (n, k))
+        name = f"{name}.weight"
+        return self._part.matrix(name, self._take(name, (n, k)))
 
     def vector(self, name: str, size: int) -> Array:
         return self._take(name, (size,)).dequantize()
 
     def optional(self, name: str, size: int) -> Array | None:
-        return self.vector(name, size) if name in self._file else None
+        return self._part.vector(name, self.vector(name, size)) if name in self._file else None
 
     def check_all_used(self) -> None:
         """Raises FileError where a tensor has no place in the model: it is another one, then."""
-        rest = [name for name in (*self._file, *self._file.skipped) if name not in self._used]
+        names = filter(self._part.holds, (*self._file, *self._file.skipped))
+        rest = [name for name in names if name not in self._used]
         if rest:
             shown = ", ".join(rest[:3]) + ", ..." * (len(rest) > 3)
             raise FileError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from kernelgen.errors import ShapeError
 from kernelgen.models.generation import BATCH
 from kernelgen.models.llama import Decoder, Sequences
+from kernelgen.models.ranks.group import Ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def speeds(
     """Time a prompt of `prompt` random tokens, and `tokens` tokens one after the other, from an
     empty cache, for `tenants` sequences at once; 0 leaves a test out.
 
-    The first run of each test, which compiles and repacks, is not timed.
+    The first run of each test, which compiles and repacks, is not timed.  Of several replicas each
+    has as many tenants, and tokens of all count; bytes are those of all ranks.
     """
     longest = max(prompt, tokens)
     if min(prompt, tokens) < 0 or min(longest, tenants, repeats) < 1:
@@ -77,18 +80,35 @@ def speeds(
 
     tests = (("pp", prompt, read), ("tg", tokens, write))
     return [
-        _timed(f"{name}{count}", run, count * tenants, tenants, repeats, cache)
+        _of_all(
+            model.ranks,
+            _timed(f"{name}{count}", run, count * tenants, tenants, repeats, cache, model.ranks),
+        )
         for name, count, run in tests
         if count
     ]
 
 
+def _of_all(ranks: Ranks, one: Speed) -> Speed:
+    """What all replicas reached together, from what one did."""
+    found = ranks.collect([one])
+    return replace(
+        one,
+        tenants=one.tenants * ranks.replicas,
+        mean=sum(each.mean for each in found),
+        deviation=math.hypot(*(each.deviation for each in found)),
+        cache_bytes=sum(ranks.everywhere(one.cache_bytes)),
+    )
+
+
 def _timed(
-    name: str, run: Callable[[], None], count: int, tenants: int, repeats: int, cache: Sequences
-) -> Speed:
+    name: str, run: Callable[[], None], count: int, tenants: int, repeats: int, cache: Sequences,
+    ranks: Ranks,
+) -> Speed:  # fmt: skip
     found = []
     for _ in range(repeats + 1):
         cache.truncate()
+        ranks.everywhere(None)  # so that replicas begin together
         begin = time.perf_counter()
         run()
         found.append(count / (time.perf_counter() - begin))
