@@ -50,6 +50,7 @@ LEVELS = (
         "__main__",
         "api",
         "api_attention",
+        "api_blocks",
         "api_fused",
         "accuracy",
         "api_maps",
