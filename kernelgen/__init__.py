@@ -23,6 +23,7 @@ _HOME = {
     "KVCache": "kernelgen.kv_cache",
     "gated_matmul": "kernelgen.api_fused",
     "map": "kernelgen.api_maps",
+    "round_to_nearest": "kernelgen.api_blocks",
     **dict.fromkeys(
         ("Linear", "Llama3", "Yarn", "add", "argmax", "cast", "geglu", "gelu", "layer_norm", "mul",
          "relu", "rms_norm", "rope", "row_max", "row_min", "row_sum", "sigmoid", "silu", "softmax",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from kernelgen.api import unregister_format as unregister_format
     from kernelgen.api_attention import attention as attention
     from kernelgen.api_attention import captured as captured
+    from kernelgen.api_blocks import round_to_nearest as round_to_nearest
     from kernelgen.api_fused import gated_matmul as gated_matmul
     from kernelgen.api_maps import map as map
     from kernelgen.api_rows import Linear as Linear

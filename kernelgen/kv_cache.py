@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kernelgen.api_attention import attention
+from kernelgen.api_blocks import blocks_of
 from kernelgen.errors import ShapeError
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.quantizer import nearest
 from kernelgen.targets.driver import Held
 from kernelgen.tensor import QuantTensor, quantize
 
@@ -28,6 +30,9 @@ class KVCache:
     page          tokens of a page.  With pages, sequences take them from a pool as they grow
                   (Kwon et al., 2023), and memory is `pool` pages in all, by default enough for
                   all sequences at full length; without, each has room for `capacity` tokens
+    search        whether to search for scales of least error, as `kernelgen.quantize` does, which
+                  takes 30 times as long; where a format lacks the simple rule of
+                  `kernelgen.round_to_nearest`, that is always so
 
     `keys`, `values`, `lengths` (int32, one a sequence) and `pages` (int32 (batches, pages of a
     sequence), or None) are what `kernelgen.attention` takes.  Copies on devices follow each
@@ -48,6 +53,7 @@ class KVCache:
         value_dim: int | None = None,
         page: int = 0,
         pool: int | None = None,
+        search: bool = False,
     ) -> None:
         if min(heads, head_dim, capacity, batches) < 1 or page < 0:
             raise ShapeError(
@@ -69,6 +75,10 @@ class KVCache:
         self._free = list(range(outer[0]))[::-1] if page else []
         if page:
             self.pages = np.zeros((batches, each), np.int32)
+        self._search = tuple(
+            search or (not fmt.float_codes and nearest.lacks_rule(fmt) is not None)
+            for fmt in (of_key, of_value)
+        )
         self._bytes, self._tensors = [], []
         for fmt, elements in ((of_key, head_dim), (of_value, value_dim or head_dim)):
             self._bytes.append(np.zeros((*outer, fmt.row_bytes(elements)), np.uint8))
@@ -94,11 +104,19 @@ class KVCache:
         """Pages of the pool that no sequence has."""
         return len(self._free)
 
-    def append(self, k: Array, v: Array, batches: Iterable[int] | None = None) -> None:
+    def append(
+        self,
+        k: Array,
+        v: Array,
+        batches: Iterable[int] | None = None,
+        *,
+        target: str | None = None,
+    ) -> None:
         """Quantize and keep the keys and values of new tokens.
 
         k, v     floats (n, heads, T, elements): T tokens for each of n sequences
         batches  which sequences; by default all, in their order
+        target   whose kernel quantizes; by default the best here
 
         Raises ShapeError, and keeps nothing, where shapes do not fit, or there is no room.
         """
@@ -111,20 +129,26 @@ class KVCache:
                     f" (sequences, {w.shape[1]} heads, tokens, {w.shape[3]} elements), tokens as"
                     " many in k as in v"
                 )
-        rows = self._blocks(k, v)
+        rows = self._blocks(k, v, target)
         count = k.shape[2]
         self._make_room(which, count)
-        for n, b in enumerate(which):
-            for data, place, w in zip(rows, self._bytes, self._tensors, strict=True):
-                self._write(b, data[n], place, w)
-            self.lengths[b] += count
+        for data, place, w in zip(rows, self._bytes, self._tensors, strict=True):
+            self._write(which, data, place, w)
+        self.lengths[which] += count
 
-    def _blocks(self, k: Array, v: Array) -> list[Array]:
+    def _blocks(self, k: Array, v: Array, target: str | None) -> list[Array]:
         """Both as blocks; at once where they are alike, as a few rows cost little more than one."""
         given = [np.ascontiguousarray(x, np.float32) for x in (k, v)]
         if self.keys.format is self.values.format and k.shape == v.shape:
-            return [*quantize(np.stack(given), self.keys.format).data]
-        return [quantize(x, w.format).data for x, w in zip(given, self._tensors, strict=True)]
+            return [*self._made(np.stack(given), 0, target)]
+        return [self._made(x, n, target) for n, x in enumerate(given)]
+
+    def _made(self, x: Array, which: int, target: str | None) -> Array:
+        """The blocks of keys (0) or of values (1)."""
+        fmt = self._tensors[which].format
+        if self._search[which]:
+            return quantize(x, fmt).data
+        return blocks_of(x, fmt, target)
 
     def check_room(self, batches: Sequence[int], counts: Sequence[int]) -> None:
         """Raises ShapeError where so many more tokens of each of some sequences do not fit."""
@@ -163,23 +187,30 @@ class KVCache:
             for n in range(has[b], wants[b]):
                 self.pages[b, n] = self._free.pop()
 
-    def _write(self, b: int, rows: Array, place: Array, w: QuantTensor) -> None:
-        """Blocks (heads, T, bytes) of a sequence behind those it has, on all devices."""
-        start, count = int(self.lengths[b]), rows.shape[1]
+    def _write(self, which: list[int], rows: Array, place: Array, w: QuantTensor) -> None:
+        """Blocks (n, heads, T, bytes) of some sequences behind those they have, on all devices."""
+        count = rows.shape[2]
+        at = self.lengths[which][:, None] + np.arange(count)
+        outer = np.broadcast_to(np.array(which, int)[:, None], at.shape)
+        if self.pages is not None:
+            outer, at = self.pages[outer, at // self._page], at % self._page
+        place[outer, :, at] = rows.swapaxes(1, 2)
+        for key, copy in tuple(w.prepared.items()):
+            if not isinstance(copy, Held):  # of another op; made again when it is wanted
+                del w.prepared[key]
+                continue
+            for n, b in enumerate(which):
+                for first, some in self._runs(int(self.lengths[b]), count):
+                    start = int(at[n, first])
+                    copy.renew(place, int(outer[n, first]), slice(start, start + some))
+
+    def _runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Of `count` tokens from a place on, those that lie side by side: the first, how many."""
         done = 0
         while done < count:
-            at = start + done
-            if self.pages is None:
-                outer, inner, some = b, at, count
-            else:
-                outer, inner = int(self.pages[b, at // self._page]), at % self._page
-                some = min(count - done, self._page - inner)
-            place[outer, :, inner : inner + some] = rows[:, done : done + some]
-            for key, copy in tuple(w.prepared.items()):
-                if isinstance(copy, Held):
-                    copy.renew(place, outer, slice(inner, inner + some))
-                else:  # of another op; made again when it is wanted
-                    del w.prepared[key]
+            room = self._page - (start + done) % self._page if self._page else count
+            some = min(count - done, room)
+            yield done, some
             done += some
 
     def truncate(self, length: int = 0, batch: int | None = None) -> None:

@@ -52,6 +52,7 @@ LEVELS = (
         "__main__",
         "api",
         "api_attention",
+        "api_blocks",
         "api_fused",
         "accuracy",
         "api_maps",

@@ -248,7 +248,9 @@ class Decoder:
         k = kernelgen.rope(k, positions[:, None], **self._turning)
         y = np.empty((len(x), shape.heads, shape.value_dim), np.float32)
         for one in groups:
-            kv.append(one.heads_first(k), one.heads_first(v), one.sequences)
+            kv.append(
+                one.heads_first(k), one.heads_first(v), one.sequences, target=self.target
+            )  # fmt: skip
             pages = None if kv.pages is None else kv.pages[one.sequences]
             found = kernelgen.attention(
                 one.heads_first(q), kv.keys, kv.values, causal=True, window=shape.window,
