@@ -194,7 +194,7 @@ def _kernel(target: str, kind: Attention, shape: Shape, precision: str) -> Kerne
     walk, config = choice.walk, choice.config
     if walk.accepts(kind) or walk.refuses(config, kind, caps):
         # what serves the plain kind does not fit this one
-        walk = manifest.serve("attention", kind, precision, caps)
+        walk = manifest.serve("attention", kind, precision, caps, problem.rows)
         config = walk.default(kind, caps, problem.rows)
     return generate_walk(walk, kind, manifest, config)
 

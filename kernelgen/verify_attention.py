@@ -1,8 +1,8 @@
 """Runs attention against the numpy reference: what `kernelgen verify --op attention` does.
 
-The whole product is every variant of score, mask and keeping, with K and V in every format, in heads
-of every size, each with all numbers of queries, once with as many keys (prefill) and once with more
-(a cache).  A sample of it has every variant and every format and size at least once.
+The whole product is every variant of score, mask and keeping, with K and V in every format, in
+heads of every size, each with all numbers of queries, once with as many keys (prefill) and once
+with more (a cache).  A sample of it has every variant and every format and size at least once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kernelgen import targets
 from kernelgen.errors import KernelgenError
 from kernelgen.generate import generate_walk
 from kernelgen.ir.block import BlockFormat
@@ -23,7 +24,7 @@ from kernelgen.ir.expr import F32, Expr, call, cast, where
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
 from kernelgen.problem import relative_error, rounded, tolerance
-from kernelgen.targets.base import EMULATED, Runtime, Target, Walk
+from kernelgen.targets.base import Runtime, Target, Walk
 from kernelgen.tensor import QuantTensor, quantize
 from kernelgen.verify import Result
 
@@ -37,7 +38,7 @@ HEAD_DIMS = (64, 80, 128, 256)
 #: queries; with as many keys for prefill, with more for decoding
 QUERIES = (1, 7, 64, 257)
 
-#: queries, too, where kernels run and are not emulated
+#: queries, too, where a CPU does not stand in for the device that kernels are for
 MANY_QUERIES = 1024
 
 #: keys beyond the queries, when a cache is there
@@ -103,8 +104,8 @@ def kinds(
     *,
     every: bool = True,
 ) -> list[tuple[Variant, Attention]]:
-    """The product of these, without heads that are no multiple of a block; or, unless `every` one is
-    wanted, a diagonal of it, in which each variant and each format and size comes up."""
+    """The product of these, without heads that are no multiple of a block; or, unless `every` one
+    is wanted, a diagonal of it, in which each variant and each format and size comes up."""
     heads = [(f, d) for f, d in itertools.product(formats, head_dims) if d % f.block == 0]
     listed = list(variants)
     if every:
@@ -129,8 +130,8 @@ def verify(
     `kinds`); by default for all numbers of queries."""
     reach = runtime or target.runtime()
     caps = reach.capabilities()
-    many = () if reach.how() == EMULATED else (MANY_QUERIES,)
-    chosen = tuple(queries) or (*QUERIES, *many)
+    at_home = target.name in targets.PREFERENCE or not reach.on_cpu()
+    chosen = tuple(queries) or (*QUERIES, *((MANY_QUERIES,) if at_home else ()))
     for variant, kind in kinds(formats, head_dims, variants, every=every):
         for one in (w for w in target.walks if w.op == "attention"):
             if one.accepts(kind) is None and not one.refuses(one.default(kind, caps), kind, caps):

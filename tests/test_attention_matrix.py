@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kernelgen import targets
+from kernelgen import targets, verify_attention
 from kernelgen.config import Capabilities, Config
 from kernelgen.config.attention import (
     FragmentAttentionConfig,
@@ -396,8 +396,22 @@ def test_float32_stays_with_the_shared_walk() -> None:
         assert target.walk("attention", PLAIN).name == "flash"
         assert target.walk("attention", PLAIN, "fp32").name == "flash"
         for precision in PRECISIONS:
-            served = target.serve("attention", PLAIN, precision, device_capabilities(style))
+            served = target.serve("attention", PLAIN, precision, device_capabilities(style), 1)
             assert served.style == style and served.precision == precision
+
+
+def test_warpgroups_serve_many_queries() -> None:
+    """Where the device has them, and the kind fits their registers."""
+    target, caps = targets.get("cuda"), device_capabilities("wgmma")
+    own = next(v for v in verify_attention.VARIANTS if v.name == "own")
+    large = verify_attention.kind_of(own, KNOWN["f16"], 256)
+    for kind, where, rows, style in (
+        (PLAIN, caps, 1, "mma"), (PLAIN, caps, 63, "mma"), (PLAIN, caps, 64, "wgmma"),
+        (PLAIN, target.capabilities, 512, "mma"), (large, caps, 512, "mma"),
+    ):  # fmt: skip
+        walk = target.serve("attention", kind, "fp16", where, rows)
+        assert walk.style == style
+        assert walk.refuses(walk.default(kind, where, rows), kind, where) is None
 
 
 # ---- compiled
@@ -419,7 +433,8 @@ def check_compiled(kinds: list[Attention], arch: str, folder: Path, precisions: 
     for kind, precision, (style, m) in itertools.product(
         kinds, precisions, (("mma", 0), ("mma", 1), ("wgmma", 0))
     ):
-        walk = walk_of(style, precision, kind)
+        walk = next(w for w in target.walks if (w.style, w.precision, w.op) ==
+                    (style, precision, "attention"))  # fmt: skip
         config = walk.default(kind, target.capabilities, m)
         one = generate_walk(walk, kind, target, config)
         if serves(one, arch) and not walk.fits(config, kind, target.capabilities):

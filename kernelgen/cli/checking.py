@@ -105,9 +105,9 @@ def verify(
                     results.append(result)
                     if not as_json:
                         progress.console.print(_row(result, all_configs), soft_wrap=True)
-            attends = attends and not kinds
+            attended = [] if kinds or not attends else caches
             for result in itertools.chain(
-                verify_attention.verify(one, caches, runtime=runtime, every=full) if attends else (),
+                verify_attention.verify(one, attended, runtime=runtime, every=full),
                 verify_maps.verify(one, mapped, runtime=runtime),
             ):
                 results.append(result)

@@ -40,6 +40,9 @@ _PIECE, _ALIGNED = 128, 1024
 #: shared memory that a launch may ask for where four warps multiply together
 _WARPGROUP_BYTES = 232448
 
+#: queries of a head from which four warps have rows enough to multiply together
+_WARPGROUP_ROWS = 64
+
 #: registers of a multiprocessor, and of a thread at most
 _ALL_REGISTERS, _MOST_REGISTERS = 65536, 255
 
@@ -237,6 +240,11 @@ def _fits_warpgroups(
     return None
 
 
+def _applies_warpgroups(precision: str, kind: Attention) -> str | None:
+    smallest = WarpgroupAttentionConfig(warps=4, keys=32)
+    return _applies(kind) or _fits_warpgroups(precision, smallest, kind, Capabilities())
+
+
 def _launch(precision: str, config: Config, kind: Attention) -> Launch:
     assert isinstance(config, FragmentAttentionConfig | WarpgroupAttentionConfig)
     heads, rows = ("H", "T") if config.share == "query" else ("HK", "T * (H // HK)")
@@ -284,15 +292,17 @@ def _flash_warpgroups(precision: str) -> Walk:
         template="attention_wgmma.j2",
         config=WarpgroupAttentionConfig,
         features=("wgmma",),
+        applies=functools.partial(_applies_warpgroups, precision),
         style="wgmma",
         fits=functools.partial(_fits_warpgroups, precision),
+        least_rows=_WARPGROUP_ROWS,
     )
 
 
 def walks() -> tuple[Walk, ...]:
     """Attention in half precision; where four warps multiply together is for many queries alone."""
     halves = ("fp16", "bf16")
-    return (*(_flash(p) for p in halves), *(_flash_warpgroups(p) for p in halves))
+    return (*(_flash_warpgroups(p) for p in halves), *(_flash(p) for p in halves))
 
 
 #: what the templates may call
