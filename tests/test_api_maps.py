@@ -112,6 +112,23 @@ def test_types_of_results() -> None:
     assert np.array_equal(whole, np.clip(np.trunc(X * np.float32(100)), -128, 127))
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16", np.float32])
+def test_results_are_kept_in_a_type_that_is_asked_for(dtype: Any) -> None:
+    """Computed in float32 and rounded once."""
+    small = X.astype(np.float16)
+    wanted = api_maps.numpy_dtype(api_maps.type_of(dtype))
+    for name in ("silu", "gelu", "relu", "sigmoid", "tanh"):
+        function = getattr(kernelgen, name)
+        got = function(small, dtype=dtype)
+        assert got.dtype == wanted
+        exact = function(small.astype(np.float32))
+        assert np.array_equal(got, exact.astype(wanted)), name
+    for name in ("add", "mul", "swiglu", "geglu"):
+        function = getattr(kernelgen, name)
+        got, exact = function(small, Y, dtype=dtype), function(small.astype(np.float32), Y)
+        assert got.dtype == wanted and np.array_equal(got, exact.astype(wanted)), name
+
+
 def test_casts() -> None:
     for dtype in (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
         got = kernelgen.cast(X, dtype)

@@ -93,6 +93,32 @@ def test_long_rows(target: str) -> None:
             assert largest_error(run, name, "f32", m, n) <= STEPS["f32"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "scalar"])
+def test_instruction_sets(isa: str) -> None:
+    """All of the library with vectors of other lengths."""
+    runtime = targets.get("c").runtime(isa)
+    if (reason := runtime.available()) is not None:
+        pytest.skip(reason)
+    found = list(verify(targets.get("c"), runtime=runtime))
+    assert len(found) == 3 * len(library.NAMES)
+    assert [one.problem for one in found if not one.ok] == []
+
+
+@pytest.mark.parametrize("target", RUN[:3])
+def test_exponentials(target: str) -> None:
+    """To within 2 units in the last place, where they are neither infinite nor next to nothing."""
+    x = np.concatenate([np.linspace(-86, 88.7, 40_001), np.linspace(-1e-3, 1e-3, 999)])
+    x = np.append(x, [-np.inf, -1e30, -104, 89, 1e30, np.inf, np.nan]).astype(np.float32)
+    kind = maps.trace(f.exp, (library.one_row("x"),), ("f32",), "exp")
+    found = poisoned(kind, 1, x.size)
+    apply(target, kind)({"x": x.reshape(1, -1)}, 1, x.size, found)
+    got, want = found["out"][0].astype(np.float64), np.exp(x[:-7].astype(np.float64))
+    assert (np.abs(got[:-7] - want) <= 2 * np.spacing(want.astype(np.float32))).all()
+    assert np.array_equal(got[-7:-4] < 2**-125, [True] * 3) and np.isposinf(got[-4:-1]).all()
+    assert np.isnan(got[-1])
+
+
 # ---- a user's own
 
 

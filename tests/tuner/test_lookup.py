@@ -14,7 +14,9 @@ import kernelgen
 from kernelgen import api, targets
 from kernelgen.config import RowTileConfig
 from kernelgen.errors import TuningError
+from kernelgen.generate import generate_walk
 from kernelgen.ir import formats
+from kernelgen.ir.ops import library
 from kernelgen.targets.base import Runtime, Target
 from kernelgen.tuner import cache, ledger, lookup, space
 from kernelgen.tuner.cache import Entry, Key
@@ -233,3 +235,20 @@ def test_the_preset_of_the_nearest_device_serves(
         assert chosen(made_up) == (lookup.PRESET, size)
     entry(made_up, 2)  # what was measured here goes before what is shipped
     assert chosen(made_up) == (lookup.EXACT, 2)
+
+
+def test_entries_outlive_changes_of_headers_that_they_do_not_include() -> None:
+    """The headers of one kernel are all that its hash is of, also those that headers include."""
+    target = targets.get("c")
+
+    def included(op: str, subject: Any) -> set[str]:
+        kernel = generate_walk(target.walk(op, subject), subject, target)
+        return set(space._included(kernel.source, target))
+
+    names = {
+        "matvec": included("matvec", formats.get("q4_K")),
+        "map": included("map", library.get("silu")),
+    }
+    assert {"words.h", "words_avx512.h", "words_plain.h"} <= names["matvec"] & names["map"]
+    assert "words_maps.h" in names["map"] and "words_maps.h" not in names["matvec"]
+    assert names["map"] <= set(target.support_files)

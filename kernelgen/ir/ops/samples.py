@@ -112,7 +112,8 @@ def raw_type(one: Output) -> npt.DTypeLike:
 def values(one: Output, stored: Array) -> Array:
     """What is stored, as float64."""
     if one.dtype not in FLOATS:
-        return stored.astype(raw_type(one)).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN makes a conversion warn
+            return stored.astype(raw_type(one)).astype(np.float64)
     bits = var("bits", 1 << 32, U32)
     known = {"bits": stored.reshape(-1).astype(np.uint32)}
     return evaluate(FLOATS[one.dtype].decode(bits), known).reshape(stored.shape).astype(np.float64)
