@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -67,7 +68,7 @@ def plan(
 ) -> Plan:
     """The plan of a target's package for these formats and ops; `tuned`: with what the tuner's
     cache has for this machine's device."""
-    formats, ops, target = tuple(formats), tuple(ops), _without(target)
+    formats, ops, whole, target = tuple(formats), tuple(ops), target, _without(target)
     made = _Made(target)
     for one in kernels(target, formats, ops):
         made.kernels.setdefault(one.entry, one)
@@ -92,6 +93,7 @@ def plan(
         target, __version__, tuple(every), entries, rules, manifest_of(target, entries),
         _dispatch(target, rules), functools.partial(_defaults, target, formats, ops),
         functools.partial(_render, target), binaries,
+        functools.partial(_unpackaged, whole, formats if "matmul" in ops else ()),
     )  # fmt: skip
 
 
@@ -116,6 +118,34 @@ def _defaults(
     return list({one.entry: one for one in found}.values())
 
 
+def _unpackaged(
+    target: Target, formats: Sequence[BlockFormat], caps: Capabilities
+) -> tuple[list[Kernel], list[Rule]]:
+    """Kernels of matmul with features that packages do not use unasked, and the rules by which they
+    serve a device with these capabilities."""
+    made, found = _Made(dataclasses.replace(target, capabilities=caps)), []
+    asked_for = dict.fromkeys(("auto", *PRECISIONS))
+    for fmt, asked in itertools.product(formats, asked_for):
+        choices: list[Choice] = []
+        for m, first in _MANY:
+            walk = target.serve("matmul", fmt, asked, caps, m)
+            if target.unpackaged.intersection(walk.features):
+                entry = made.add(walk, fmt, walk.default(fmt, caps, m))
+                _extend(choices, first, m, entry)
+        if choices:
+            found.append(Rule(fmt.name, asked, "matmul", tuple(choices)))
+    return list(made.kernels.values()), found
+
+
+def _extend(choices: list[Choice], first: int, m: int, entry: str) -> None:
+    """A kernel serves rows from `first` to m, too."""
+    last = MOST_ROWS if m == _MANY[-1][0] else m
+    if choices and choices[-1].kernel == entry:
+        choices[-1] = dataclasses.replace(choices[-1], m_to=last)
+    else:
+        choices.append(Choice(first, last, entry))
+
+
 def _rule(made: _Made, fmt: BlockFormat, asked: str, op: str) -> Rule | None:
     """Every walk that may serve, in the order in which the target prefers them."""
     target, chosen = made.target, []
@@ -132,12 +162,8 @@ def _choices(made: _Made, walk: Walk, fmt: BlockFormat, op: str) -> list[Choice]
     """The defaults of a walk, by rows of activations."""
     found: list[Choice] = []
     for m, first in _FEW if op == "matvec" else _MANY:
-        last = MOST_ROWS if m == _MANY[-1][0] else m
         entry = made.add(walk, fmt, walk.default(fmt, made.target.capabilities, m))
-        if found and found[-1].kernel == entry:
-            found[-1] = dataclasses.replace(found[-1], m_to=last)
-        else:
-            found.append(Choice(first, last, entry))
+        _extend(found, first, m, entry)
     return found
 
 

@@ -73,6 +73,8 @@ class Plan:
     render    text of a template, from names and values; what is no template is taken as it is
     binaries  architectures to compile for, by name; None: those that the target thinks of, where
               their compiler is here; empty: none
+    unpackaged  kernels that a package has only for programs that ask for them, and their rules,
+              for a device with such capabilities
     """
 
     target: Target
@@ -85,6 +87,7 @@ class Plan:
     defaults: Callable[[Capabilities], Sequence[Kernel]]
     render: Callable[..., str]
     binaries: tuple[str, ...] | None = None
+    unpackaged: Callable[[Capabilities], tuple[list[Kernel], list[Rule]]] = lambda caps: ([], [])
 
     def entry(self, kernel: Kernel) -> Mapping[str, Any]:
         """What the manifest says of a kernel."""

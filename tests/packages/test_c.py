@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kernelgen.ir import formats
-from kernelgen.targets.c.package import ISAS
+from kernelgen.targets.c.package import ALL, ASKED_FOR
 from kernelgen.targets.c.runtime import cpu_features
 from tests.packages import making
 from tests.packages.making import (
@@ -31,6 +31,7 @@ from tests.packages.making import (
 
 HOME = BEST.machines
 OPS = ("dequantize", "get_rows", "matvec", "matmul")
+BUILT = (*HERE, *(isa.name for isa in ASKED_FOR if isa.needs <= cpu_features()))
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +41,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = folder / "libkernelgen.so"
     done = subprocess.run(
         ["sh", str(folder / "build.sh"), str(made)], capture_output=True, text=True, check=False,
-        env=environment(CFLAGS="-Wall -Wextra -Werror -O2", JOBS="2"),
+        env=environment(CFLAGS="-Wall -Wextra -Werror -O2", JOBS="2", ISAS=" ".join(BUILT)),
     )  # fmt: skip
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return made
@@ -71,6 +72,27 @@ def test_multiplies(isa: str, package: Any) -> None:
         package.use_isa(BEST.name)
 
 
+def test_matrix_units_are_for_programs_that_ask(package: Any) -> None:
+    """Nothing else takes them, as the system has to be asked for them."""
+    (amx,) = (isa for isa in ASKED_FOR if isa.name == "amx")
+    many, few = (40, 64, 512), (16, 64, 512)
+    vectors = "kernelgen_matmul_q4_K_int8"
+    assert package.choose("q4_K", "int8", *many) == vectors
+    if amx.needs - cpu_features():
+        with pytest.raises(ValueError, match="instruction set"):
+            package.use_isa("amx")
+        pytest.skip("this CPU has no AMX, or the system keeps it")
+    package.use_isa("amx")
+    try:
+        assert package.isa() == "amx"
+        assert package.choose("q4_K", "int8", *many) == f"{vectors}_tiles"
+        assert package.choose("q4_K", "int8", *few) == vectors
+        used = making.multiplies(package, "q4_K", (many, (17, 37, 768), (200, 18, 256)))
+        assert {f"{vectors}_tiles", "kernelgen_matmul_q4_K_bf16_tiles"} <= used
+    finally:
+        package.use_isa(BEST.name)
+
+
 @pytest.mark.slow
 def test_all_instruction_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this architecture, optimized, and formats of all kinds."""
@@ -80,7 +102,7 @@ def test_all_instruction_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run(f"sh build.sh {made}", folder, ISAS="")
     monkeypatch.setenv("KERNELGEN_LIBRARY", str(made))
     package = making.imported(monkeypatch, folder, "kernelgen_c")
-    for isa in ISAS:
+    for isa in ALL:
         if isa.needs <= cpu_features() and (not isa.machines or isa.machines == HOME):
             package.use_isa(isa.name)
             for name in names:
@@ -179,7 +201,7 @@ def test_exact_kernels_do_not_fuse(library: Path) -> None:
 def test_every_instruction_set_has_its_sources() -> None:
     made = making.contents("c", "q4_K", ops=OPS)
     cmake, script = str(made["kernels.cmake"]), str(made["build.sh"])
-    for isa in ISAS:
+    for isa in ALL:
         assert f"KERNELGEN_FLAGS_{isa.name} {' '.join(isa.flags)}" in cmake
         assert f'add {isa.name} "{" ".join(isa.flags)}"' in script
     listed = set(re.findall(r"^  (src/\S+)$", cmake, re.M))

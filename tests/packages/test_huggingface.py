@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,15 @@ def test_huggingface_reads_it(tmp_path: Path) -> None:
 def test_other_targets_have_none() -> None:
     for target in ("opencl", "wgsl", "triton", "numpy"):
         assert write.packageable(targets.get(target), "huggingface") is not None
+
+
+def test_the_cpu_is_asked_in_names_that_compilers_know() -> None:
+    """Those of __builtin_cpu_supports that GCC 11 has."""
+    asked = re.findall(r'supports\("(\w+)"\)', project("c", "q8_0")["torch-ext/torch_binding.cpp"])
+    assert set(asked) == {
+        "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni",
+        "avxvnni",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -264,7 +264,7 @@ TARGET = Target(
         "table": _table, "table_type": _table_type, **MAP_GLOBALS, **maps.GLOBALS,
     },
     reserved=_RESERVED | maps.RESERVED,
-    # a process has to ask the system for tiles, which a library should not do unasked
+    # a process has to ask the system for tiles, which a library does only where a program wants it
     unpackaged=frozenset({"matrix"}),
     feature_names={"matrix": "amx_bf16"},
     variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),

@@ -12,8 +12,8 @@ from typing import Any
 from kernelgen.ir.block import BlockFormat
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.c.compiler import HEADERS
-from kernelgen.targets.c.package import beside, stem
-from kernelgen.targets.c.runtime import ISAS, Isa
+from kernelgen.targets.c.package import ISAS, beside, stem
+from kernelgen.targets.c.runtime import Isa
 from kernelgen.targets.package import Content, PackageError, Plan, refuse_binaries
 
 #: name of the project, and of its Python module

@@ -14,17 +14,20 @@ from kernelgen.targets.c.compiler import HEADERS
 from kernelgen.targets.c.runtime import ISAS as EVERY_ISA
 from kernelgen.targets.c.runtime import Isa
 from kernelgen.targets.package import (
-    Choice,
+    MOST_ROWS,
     Content,
     PackageError,
     Plan,
-    Point,
     Rule,
     refuse_binaries,
 )
 
-#: instruction sets of the library
+#: instruction sets that any program may use, and those that it asks the system for, by their name
 ISAS = tuple(isa for isa in EVERY_ISA if not isa.capabilities.features & TARGET.unpackaged)
+ASKED_FOR = tuple(isa for isa in EVERY_ISA if isa not in ISAS)
+
+#: instruction sets of the library
+ALL = (*ASKED_FOR, *ISAS)
 
 #: what the library calls the precisions that may be asked for
 _PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
@@ -44,20 +47,24 @@ def package(plan: Plan) -> dict[str, Content]:
     if not plan.rules and not plan.kernels:
         raise PackageError("no kernel of target c was asked for; name other formats or ops")
     refuse_binaries(plan)
-    by_isa = {isa.name: plan.defaults(isa.capabilities) for isa in ISAS}
+    by_isa = {isa.name: plan.defaults(isa.capabilities) for isa in ALL}
     first = by_isa[ISAS[-1].name]
+    special = {isa.name: plan.unpackaged(isa.capabilities) for isa in ASKED_FOR}
     tuned = _tuned(plan)
+    for name, (kernels, _) in special.items():
+        known = {k.entry for k in (*by_isa[name], *tuned.get(name, ()))}
+        tuned.setdefault(name, []).extend(k for k in kernels if k.entry not in known)
     files, folders = _sources(by_isa, tuned)
     formats = list(dict.fromkeys(k.format for k in first if k.op != "attention"))
     context: dict[str, Any] = {
-        "isas": ISAS, "kernels": first, "formats": formats,
+        "isas": ALL, "asked_for": ASKED_FOR, "kernels": first, "formats": formats,
         "tuned": {name: made for name, made in tuned.items() if made},
         "beside": beside, "stem": stem, "given": _given, "matvec_rows": 8,
         "names": [n for k in (*first, *_every(tuned)) for n in _functions(k)],
-        "rules": _rules(plan, tuned, {k.entry for k in first}),
-        "features": sorted({name for isa in ISAS for name in isa.needs}),
+        "rules": _rules(plan, tuned, {k.entry for k in first}, special),
+        "features": sorted({name for isa in ALL for name in isa.needs}),
         "needs": _needs, "folders": folders,
-        "sources": {isa.name: _listed(files, folders[isa.name]) for isa in ISAS},
+        "sources": {isa.name: _listed(files, folders[isa.name]) for isa in ALL},
         "machines": _machines(), "plain": folders[ISAS[-1].name],
     }  # fmt: skip
     made: dict[str, Content] = dict(files)
@@ -65,7 +72,7 @@ def package(plan: Plan) -> dict[str, Content]:
         made[name] = plan.render(f"package/{template}", **context)
     for name in TARGET.support_files:
         made[f"src/{name}"] = (HEADERS / name).read_text("utf-8")
-    made["manifest.json"] = _manifest(plan, by_isa, files, folders)
+    made["manifest.json"] = _manifest(plan, by_isa, files, folders, _every(tuned))
     return made
 
 
@@ -119,7 +126,7 @@ def _needs(isa: Isa) -> str:
 def _machines() -> dict[str, list[str]]:
     """Instruction sets by what uname calls the machine."""
     found: dict[str, list[str]] = {}
-    for isa in ISAS:
+    for isa in ALL:
         if isa.machines:
             found.setdefault(" | ".join(isa.machines), []).append(isa.name)
     return found
@@ -135,7 +142,7 @@ def _tuned(plan: Plan) -> dict[str, list[Kernel]]:
     Those that read the native layout are left out: weights of the library are prepared.
     """
     wanted = {(p.family, p.kernel) for rule in plan.rules for p in rule.points}
-    known = {isa.name for isa in ISAS}
+    known = {isa.name for isa in ALL}
     found: dict[str, list[Kernel]] = {}
     for kernel in plan.kernels:
         for family, entry in sorted(wanted):
@@ -159,7 +166,7 @@ def _sources(
     same = [one for one in last if len({texts[name][one] for name in texts}) == 1]
     files = {f"src/any/{one}.c": last[one] for one in same}
     folders: dict[str, list[str]] = {}
-    for isa in ISAS:
+    for isa in ALL:
         own = f"src/{isa.capabilities.registers}_registers"
         folders[isa.name] = ["src/table.c"] + ["src/any/*.c"] * bool(same)
         rest = {f"{own}/{s}.c": t for s, t in texts[isa.name].items() if s not in same}
@@ -182,33 +189,45 @@ def _listed(files: Mapping[str, str], patterns: list[str]) -> list[str]:
     return found
 
 
-def _rules(plan: Plan, tuned: Mapping[str, list[Kernel]], plain: set[str]) -> dict[str, list[str]]:
-    """Initializers of rules by the instruction set that they are for; "" for all."""
-    kernels = {k.entry: k for k in plan.kernels}
-    found: dict[str, list[str]] = {
-        "": [
-            _initializer(rule, kernels[one.kernel], one)
-            for rule in plan.rules
-            for one in rule.choices[:1]  # every CPU can run it
-        ]
-    }
-    for isa in ISAS:
+def _rules(
+    plan: Plan,
+    tuned: Mapping[str, list[Kernel]],
+    plain: set[str],
+    special: Mapping[str, tuple[list[Kernel], list[Rule]]],
+) -> dict[str, list[str]]:
+    """Initializers of rules by the instruction set that they are for, which come first; "" for
+    all."""
+    kernels = {k.entry: k for k in (*plan.kernels, *_every(tuned))}
+    found: dict[str, list[str]] = {}
+    for isa in ALL:
         here = plain | {k.entry for k in tuned.get(isa.name, ())}
         lines = [
-            _initializer(rule, kernels[point.kernel], rule.choices[0], point)
+            _initializer(rule, kernels[point.kernel], (point.m, point.n, point.k))
             for rule in plan.rules
             for point in rule.points
             if point.family == isa.name and point.kernel in here
         ]
+        for rule in special.get(isa.name, ((), ()))[1]:
+            lines += [
+                _initializer(rule, kernels[one.kernel], rows=(one.m_from, one.m_to))
+                for one in rule.choices
+            ]
         if lines:
             found[isa.name] = lines
+    # every CPU can run the first of each rule
+    found[""] = [_initializer(rule, kernels[rule.choices[0].kernel]) for rule in plan.rules]
     return found
 
 
-def _initializer(rule: Rule, kernel: Kernel, rows: Choice, point: Point | None = None) -> str:
-    shape = (point.m, point.n, point.k) if point else (0, 0, 0)
-    last = 8 if rule.op == "matvec" else "INT64_MAX"
-    first = 1 if rule.op == "matvec" else 9
+def _initializer(
+    rule: Rule,
+    kernel: Kernel,
+    shape: tuple[int, int, int] = (0, 0, 0),
+    rows: tuple[int, int] | None = None,
+) -> str:
+    """A rule for a shape, or for some rows of activations, by default all of its op."""
+    first, most = rows or ((1, 8) if rule.op == "matvec" else (9, MOST_ROWS))
+    last = "INT64_MAX" if most == MOST_ROWS else str(most)
     one = kernel.entry
     scratch = any(a.role == "scratch" for a in kernel.arguments)
     run = f".run_with_scratch = {one}, .scratch = {one}_scratch" if scratch else f".run = {one}"
@@ -223,14 +242,15 @@ def _manifest(
     by_isa: Mapping[str, Iterable[Kernel]],
     files: Mapping[str, str],
     folders: Mapping[str, list[str]],
+    special: Iterable[Kernel],
 ) -> str:
     """The manifest, with every file of a kernel and the instruction sets that it is for."""
     import json
 
     found: dict[str, dict[str, Any]] = {}
     entries = {e["entry"]: e for e in plan.entries}
-    tuned = {k.entry: k for k in plan.kernels}
-    for isa in ISAS:
+    tuned = {k.entry: k for k in (*plan.kernels, *special)}
+    for isa in ALL:
         mine = {stem(k): k for k in by_isa[isa.name]}
         for path in _listed(files, folders[isa.name]):
             found_as = path.rpartition("/")[2].removesuffix(".c")
