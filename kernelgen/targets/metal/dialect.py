@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kernelgen.ir.expr import WordTable
 from kernelgen.targets.base import Argument
 from kernelgen.targets.printer import Dialect
-from kernelgen.targets.simt import hex_words, table_type
+from kernelgen.targets.simt import SPREADS, hex_words, table_type
 
 MEMORY = Dialect(
     {
@@ -45,6 +45,7 @@ MEMORY = Dialect(
         "table": "{table}[{index}]",
         "lookup": "lookup({table}, {index})",
         "spread1": "spread1({x})",
+        **SPREADS,
         "negate": "negate_bytes({x}, {bits})",
         "element": "{name}[{index}]",
         "fetch.u8.1": "i32({buffer}[{address}])",
