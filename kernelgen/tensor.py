@@ -261,15 +261,19 @@ def quantize(
     importance: npt.ArrayLike | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
+    scale: str = "best",
 ) -> QuantTensor:
     """`x`, floats (..., K), in format `fmt`: a tensor of the same shape.
 
     importance  float (K,), the weight of each column's squared error; all equal by default
     progress    called with (rows done, all rows) now and then
     threads     threads to use; one per CPU by default
+    scale       "best": scales of least error; "ocp": those of OCP Microscaling Formats v1.0, for
+                mxfp4, mxfp6 and mxfp8 whose bits have to be those of others
 
-    Raises FormatError where K is not a multiple of the format's block, ShapeError where x or
-    importance is empty, not of floats, or not finite (see kernelgen.quantizer.quantize).
+    Raises FormatError where K is not a multiple of the format's block or the format has no such
+    scales, ShapeError where x or importance is empty, not of floats, or not finite (see
+    kernelgen.quantizer.quantize).
     """
     from kernelgen import quantizer  # only those who quantize pay for its import
 
@@ -277,7 +281,7 @@ def quantize(
     values = np.asarray(x)
     shape = _as_shape(target, values.shape)
     data = quantizer.quantize(
-        values, target, importance=importance, progress=progress, threads=threads
+        values, target, importance=importance, progress=progress, threads=threads, scale=scale
     )
     return QuantTensor(target, shape, data)
 

@@ -21,7 +21,7 @@ from kernelgen.config import (
 )
 from kernelgen.ir import const, formats, var
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import I32, Expr, walk
+from kernelgen.ir.expr import I32, U32, Expr, spread, walk
 from kernelgen.ir.ranges import interval
 from kernelgen.problem import tolerance
 from kernelgen.targets import simt
@@ -190,3 +190,16 @@ def test_weights_are_kept_once_by_default() -> None:
     layouts = {c.default(caps, m).as_dict()["layout"]
                for c in CONFIGS for caps in (LEAST, MOST) for m in (0, 1, 8, 64)}  # fmt: skip
     assert len(layouts) == 1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_of_fields_side_by_side(bits: int) -> None:
+    """What has no function of its own: as Python computes it, by the meaning of the operation."""
+    text = simt.SPREADS[f"spread{bits}"].format(x="x").replace("u", "")
+    values = np.random.default_rng(0).integers(0, 1 << 4 * bits, 500, np.uint32)
+    # what lies above the four fields is left out, but for fields that fill the word
+    above = 0 if bits == 8 else 0xFFFFFFFF << 4 * bits & 0xFFFFFFFF
+    for given in (values, values | np.uint32(above)):
+        want = evaluate(spread(bits, var("x", 1 << 31, U32)), {"x": given})
+        seen = [eval(text, {"x": int(x)}) & 0xFFFFFFFF for x in given]
+        assert seen == want.tolist()

@@ -12,6 +12,7 @@ from typing import Any
 
 from kernelgen.errors import TargetError
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.check import unread
 from kernelgen.ir.expr import I32, Expr, const, show, var
 from kernelgen.ir.lanes import LANE, LANES, pack
 from kernelgen.ir.ranges import interval
@@ -40,6 +41,8 @@ def lines(kernel: Kernel) -> Iterator[str]:
         f"{fmt.name}: blocks of {fmt.block} elements in {fmt.nbytes} bytes, groups of {fmt.group},"
         f" {fmt.bits:g} bits an element"
     )
+    for name, count in unread(fmt).items():
+        yield f"no value depends on {count} bit{'s' * (count > 1)} of {name}"
     yield f"element i = {_formula(fmt)}, g = i // {fmt.group}"
     if packed and not fmt.float_codes:
         yield "word(f, n) holds bytes 4n..4n+3 of field f; lane = 0..3 counts the bytes of a word"

@@ -88,6 +88,12 @@ def quantize(
     name: Annotated[
         str, typer.Option(metavar="NAME", help='Name of the tensor of a .npy; "weight" by default.')
     ] = "",
+    scale: Annotated[
+        str,
+        typer.Option(
+            metavar="S", help="best: of least error; ocp: the rule of the OCP MX specification."
+        ),
+    ] = "best",
     as_json: AsJson = False,
 ) -> None:
     """Quantize the float matrices of a file; everything else in a GGUF file is kept as it is."""
@@ -106,7 +112,7 @@ def quantize(
         for one in changing:
             progress.update(task, description=f"{one.name}, rows")
             tensors[one.name], errors[one.name] = _convert(
-                one, fmt, weights, lambda rows: progress.advance(task, rows)
+                one, fmt, weights, scale, lambda rows: progress.advance(task, rows)
             )
     api.save(out, tensors, metadata)
     report = [
@@ -189,8 +195,9 @@ def _check_importance(weights: Array | None, quantized: list[Source]) -> None:
 
 
 def _convert(
-    source: Source, fmt: BlockFormat, weights: Array | None, advance: Callable[[int], object]
-) -> tuple[QuantTensor, float]:
+    source: Source, fmt: BlockFormat, weights: Array | None, scale: str,
+    advance: Callable[[int], object],
+) -> tuple[QuantTensor, float]:  # fmt: skip
     """The tensor in another format, and its relative error; a chunk of rows at a time."""
     k = source.shape[-1]
     if weights is not None and len(weights) != k:
@@ -208,7 +215,7 @@ def _convert(
             done = rows
 
         try:
-            part = api.quantize(exact, fmt, weights, tell)
+            part = api.quantize(exact, fmt, weights, tell, scale=scale)
         except KernelgenError as problem:
             raise type(problem)(f"tensor {source.name}: {problem}") from problem
         data[start : start + step] = part.data

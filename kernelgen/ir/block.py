@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import keyword
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,7 @@ from kernelgen.errors import ExprError, FormatError
 from kernelgen.ir.check import problems
 from kernelgen.ir.evaluate import NUMPY_STORAGE, evaluate
 from kernelgen.ir.expr import (
+    BOOL,
     F32,
     I32,
     STORAGES,
@@ -49,6 +52,9 @@ class FieldView:
 
     def __getitem__(self, index: Expr | int) -> Expr:
         return self._element(index)
+
+    def __repr__(self) -> str:
+        return f"{self._name}, which has several elements (write {self._name}[index]),"
 
     def _no_value(self, *_: object) -> Any:
         raise ExprError(f"{self._name} has several elements; write {self._name}[index]")
@@ -197,13 +203,16 @@ class BlockFormat:
         result: list[Field] = []
         offset = 0
         for name, text in self.fields.items():
-            match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", text)
+            match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", str(text))
             if match is None or match[1] not in STORAGES:
-                raise FormatError(
-                    f"format {self.name}: field {name} is declared {text!r}; write a type or"
-                    f" type[count], types are {', '.join(STORAGES)}"
+                raise self._bad(
+                    f"field {name} is declared {text!r}; write a type or type[count], types are"
+                    f" {', '.join(STORAGES)}"
                 )
-            result.append(Field(name, STORAGES[match[1]], int(match[2] or 1), offset))
+            count = int(match[2] or 1)
+            if count == 0:
+                raise self._bad(f"field {name} is declared {text!r}; leave out a field of nothing")
+            result.append(Field(name, STORAGES[match[1]], count, offset))
             offset += result[-1].nbytes
         return tuple(result)
 
@@ -330,23 +339,62 @@ class BlockFormat:
         return FormatError(f"format {self.name}: {text}")
 
     def _check(self) -> None:
-        if not re.fullmatch(r"[A-Za-z]\w*", self.name):
-            raise self._bad("a name is letters, digits and underscores, and begins with a letter")
+        self._check_types()
         if self.block <= 0 or self.group <= 0 or self.block % self.group:
             raise self._bad(f"group {self.group} must divide block {self.block}")
         size = sum(f.nbytes for f in self.layout_fields)
         if size != self.nbytes:
-            raise self._bad(f"fields take {size} bytes, but nbytes says {self.nbytes}")
+            each = ", ".join(f"{f.name} {f.nbytes}" for f in self.layout_fields)
+            raise self._bad(
+                f"fields take {size} bytes, but nbytes says {self.nbytes}; correct one: {each}"
+            )
+        self._check_names()
         self._check_code(self._checked("code(i)", self.code, var("i", self.block)))
         for name, bits in self.halves.items():
-            written = bits(self.view)
-            whole = self._checked(name, Written(written, var("g", 1)), var("g", 1))
+            whole = self._checked(name, lambda b, _, bits=bits: bits(b), var("g", 1))  # type: ignore[misc]
             if not whole.dtype.is_int or not fits(whole, 0, 0xFFFF):
                 raise self._bad(f"{name} = {show(whole)} is not an integer of 16 bits")
-        of_group = {f"{name}(g)": body for name, body in self.ints.items()}
-        for name, body in {**of_group, "scale(g)": self.scale, "offset(g)": self.offset}.items():
-            if body is not None:
-                self._checked(name, body, var("g", self.groups))
+        for name, body in self.ints.items():
+            whole = self._checked(f"{name}(g)", body, var("g", self.groups))
+            if not whole.dtype.is_int:
+                raise self._bad(
+                    f"{name}(g) = {show(whole)} is {whole.dtype.value}; what ints name are integers"
+                )
+        for name, of_group in (("scale(g)", self.scale), ("offset(g)", self.offset)):
+            if of_group is None:
+                continue
+            seen = self._checked(name, of_group, var("g", self.groups))
+            if seen.dtype is BOOL:
+                raise self._bad(f"{name} = {show(seen)} is a condition; it must be a number")
+
+    def _check_types(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z]\w*", self.name):
+            raise self._bad("a name is letters, digits and underscores, and begins with a letter")
+        for name in ("block", "group", "nbytes", "bias"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise self._bad(f"{name} is {value!r}; it must be an integer")
+        for name in ("fields", "ints", "halves", "derived", "largest"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise self._bad(f"{name} is {value!r}; write it as a dictionary, by name")
+
+    def _check_names(self) -> None:
+        """Names that expressions use, and what is said of them elsewhere."""
+        for name, count in Counter(self.names).items():
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise self._bad(f"b.{name} cannot be written in Python; choose another name")
+            if count > 1:
+                raise self._bad(
+                    f"b.{name} would be several things; names of fields, ints and halves differ"
+                )
+        for what, given, allowed in (
+            ("derived", self.derived, self.fields),
+            ("largest", self.largest, ("code", *self.fields, *self.ints)),
+        ):
+            for name in given:
+                if name not in allowed:
+                    raise self._bad(f"{what} speaks of {name!r}; there is {', '.join(allowed)}")
 
     def _checked(self, name: str, body: GroupExpr, index: Expr) -> Expr:
         """The expression that `body` writes, after a look at every index."""
@@ -356,6 +404,14 @@ class BlockFormat:
                 expr._no_value()
         except ExprError as error:
             raise self._bad(f"{name}: {error}") from error
+        except FormatError:
+            raise
+        except Exception as error:  # of any kind: the function is not ours
+            raise self._bad(
+                f"{name} cannot be written down, as its function raised {type(error).__name__}:"
+                f" {str(error).rstrip('.')}; it gets a block and an index, which are expressions,"
+                " no numbers: use where(condition, a, b) for if, table(values, index) for a list"
+            ) from error
         if not isinstance(expr, Expr):
             raise self._bad(
                 f"{name} must be an expression, not {expr!r}; a constant is const(value, F32) or"

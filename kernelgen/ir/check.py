@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kernelgen.ir.evaluate import evaluate
-from kernelgen.ir.expr import Expr, show
+from kernelgen.ir.expr import Expr, show, var
 from kernelgen.ir.ranges import interval
+
+if TYPE_CHECKING:
+    from kernelgen.ir.block import BlockFormat
+
+#: random blocks in which codes are compared: two of one bit are alike in all by a chance of 2^-64
+_TRIED = 64
+#: random blocks of which each bit is flipped
+_FLIPPED = 8
 
 
 def problems(expr: Expr, variable: str, count: int) -> list[str]:
@@ -39,6 +47,38 @@ def problems(expr: Expr, variable: str, count: int) -> list[str]:
 
     visit(expr, np.ones(count, dtype=np.bool_))
     return found
+
+
+def twins(fmt: BlockFormat) -> tuple[int, int] | None:
+    """Two elements of a block that are the same code whatever the bytes are: bits that were meant
+    for one are read for both.  None where all are apart; tried with random blocks."""
+    blocks = np.random.default_rng(0).integers(0, 256, (_TRIED, fmt.nbytes), np.uint8)
+    numbers = np.arange(fmt.block)
+    codes = evaluate(fmt.code_expr(var("i", fmt.block)), {"i": numbers}, fmt.split(blocks))
+    each = np.ascontiguousarray(np.broadcast_to(codes, (_TRIED, fmt.block)).T)
+    _, first, which = np.unique(each, axis=0, return_index=True, return_inverse=True)
+    found = np.flatnonzero(first[which.reshape(-1)] != numbers)
+    return (int(first[which.reshape(-1)[found[0]]]), int(found[0])) if len(found) else None
+
+
+def unread(fmt: BlockFormat) -> dict[str, int]:
+    """Bits of the fields that change no value, by the field's name; of what repeats the codes none
+    are read.  Tried with random blocks."""
+    rng = np.random.default_rng(0)
+    bits = np.arange(8 * fmt.nbytes)
+    seen = np.zeros(len(bits), np.bool_)
+    for block in rng.integers(0, 256, (_FLIPPED, fmt.nbytes), np.uint8):
+        flipped = np.repeat(block[None], len(bits) + 1, axis=0)
+        flipped[bits, bits // 8] ^= (1 << (bits % 8)).astype(np.uint8)
+        with np.errstate(all="ignore"):
+            values = fmt.decode(flipped).view(np.uint32)
+        seen |= (values[:-1] != values[-1]).any(axis=1)
+    of_field = {
+        f.name: int((~seen[8 * f.offset : 8 * (f.offset + f.nbytes)]).sum())
+        for f in fmt.layout_fields
+        if f.name not in fmt.derived
+    }
+    return {name: count for name, count in of_field.items() if count}
 
 
 def _reads(expr: Expr) -> bool:

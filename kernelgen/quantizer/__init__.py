@@ -12,7 +12,8 @@ and offset, by evaluating the two expressions; one method then serves all format
 Steps 1 and 2 are the idea of ggml's make_qx_quants and make_qkx2_quants (ggml-quants.c), step 3
 goes beyond them.  Elements lie as (group, groups), so that numpy sums whole rows at once.
 
-Formats that have a zero point beside their scale have a search of their own (`zero_points`).
+Formats that have a zero point beside their scale have a search of their own (`zero_points`), and
+those of OCP MX can have the specification's rule in place of a search (`shared_exponent`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernelgen.errors import ShapeError
+from kernelgen.errors import FormatError, ShapeError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.encode import code_table
+from kernelgen.quantizer import shared_exponent
 from kernelgen.quantizer.fit import fitted
 from kernelgen.quantizer.floats import Convert, converter
 from kernelgen.quantizer.plan import plan_of
@@ -40,6 +42,9 @@ Array = npt.NDArray[Any]
 #: elements a thread works on at once: temporaries of this size stay in a cache
 CHUNK = 1 << 17
 
+#: how scales are chosen
+SCALES = ("best", "ocp")
+
 
 def quantize(
     x: npt.ArrayLike,
@@ -48,6 +53,7 @@ def quantize(
     importance: npt.ArrayLike | None = None,
     progress: Callable[[int, int], object] | None = None,
     threads: int | None = None,
+    scale: str = "best",
 ) -> npt.NDArray[np.uint8]:
     """Blocks, uint8 (..., K // block * nbytes), whose values are close to x.
 
@@ -55,6 +61,8 @@ def quantize(
     importance  weight of each column's squared error, (K,), not negative; default all alike
     progress    called with (rows done, all rows) now and then, from the calling thread
     threads     default: one per CPU
+    scale       "best": of least error; "ocp": by the rule of OCP Microscaling Formats v1.0, for
+                formats whose groups share a power of two, where the bits have to be those of others
 
     The mean squared error, weighted by importance, is made small.  A scale beyond the range of
     its stored type becomes the largest it can hold, so values there saturate.  A format that
@@ -62,12 +70,17 @@ def quantize(
 
     ShapeError   x is empty, no float array, does not divide into blocks or holds values that are
                  not finite in float32; importance has another shape, is negative or not finite
-    FormatError  scale, offset or codes of the format are stored in a way not known here
+    FormatError  scale, offset or codes of the format are stored in a way not known here; the rule
+                 for scales is not known, or not for this format
     """
     rows = _rows(x, fmt)
     weights = _weights(importance, rows.shape[1])
     convert: Convert
-    if fmt.float_codes and code_table(fmt) is None:
+    if scale not in SCALES:
+        raise FormatError(f"scale is {scale!r}; it can be {' or '.join(SCALES)}")
+    if scale == "ocp":
+        convert = _shared(fmt, rows, weights)
+    elif fmt.float_codes and code_table(fmt) is None:
         convert = converter(fmt)
     else:
         _check_finite(rows)
@@ -100,6 +113,21 @@ def quantize(
     finally:
         pool.shutdown(cancel_futures=True)  # what is left when one fails or the user interrupts
     return out.reshape(*np.shape(x)[:-1], -1)
+
+
+def _shared(fmt: BlockFormat, rows: Array, weights: Array | None) -> Convert:
+    """By the OCP rule, which knows no weights."""
+    if weights is not None:
+        raise FormatError(
+            "importance was given with scale='ocp', whose rule chooses nothing; leave out one"
+        )
+    plain = (fmt.float_codes and code_table(fmt) is None) or zero_point_of(fmt) is not None
+    plan = None if plain else plan_of(fmt)
+    if plan is None:
+        raise FormatError(f"the OCP rule for scales was asked for in {fmt.name}, which has none")
+    shared_exponent.check(fmt, plan)
+    _check_finite(rows)
+    return functools.partial(shared_exponent.shared, fmt, plan)
 
 
 def _rows(x: npt.ArrayLike, fmt: BlockFormat) -> Array:

@@ -54,6 +54,11 @@ class Grid(Levels):
         if self._even and (len(self._modes) > 1 or self._even % self._cell):
             raise _unknown(fmt)
 
+    @property
+    def free(self) -> bool:
+        """See `Levels.free`: where a cell is one element, whose sign is its own."""
+        return self._cell == 1 and not self._even and len(self._modes) == 1
+
     def bits(self, codes: Array) -> Array:
         """The codes themselves, which cells are found by."""
         return np.rint(codes).astype(np.int64) + self._bias

@@ -43,6 +43,11 @@ class Levels:
             at = np.linspace(self.low, self.high, CELLS)
             self.cells = self.values[self.position(at)].astype(np.float32)
 
+    @property
+    def free(self) -> bool:
+        """Whether each element may have any level, whatever the others have."""
+        return True
+
     def position(self, y: Array) -> Array:
         """Index of the level nearest to each y."""
         if self.even:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from kernelgen.targets.simt import SPREADS
+
 #: words that are spelt alike; conversions, and what reads bytes, are functions of a target's own
 WORDS = {
     "constant.f32": "{x}f",
@@ -20,6 +22,7 @@ WORDS = {
     "table": "{table}[{index}]",
     "lookup": "lookup({table}, {index})",
     "spread1": "spread1({x})",
+    **SPREADS,
     "negate": "negate_bytes({x}, {bits})",
     "element": "{name}[{index}]",
     "fetch.u8.1": "i32({buffer}[{address}])",

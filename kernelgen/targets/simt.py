@@ -86,6 +86,20 @@ def hex_words(values: Iterable[int]) -> str:
     return "".join(f"\n    {line}," for line in lines) + "\n"
 
 
+def _spread(bits: int) -> str:
+    """Four fields of so many bits, one to each byte; two bits by products that do not overlap."""
+    if bits == 2:
+        return "((((({x}) & 255u) * 0x1001u) & 0x000F000Fu) * 65u) & 0x03030303u"
+    fields = [f"(({{x}}) & {((1 << bits) - 1) << (bits * n)}u)" for n in range(4)]
+    moved = [f"({one} << {(8 - bits) * n}u)" if n else one for n, one in enumerate(fields)]
+    return f"({' | '.join(moved)})"
+
+
+#: words of operations that all these languages spell alike
+SPREADS: Mapping[str, str] = {
+    **{f"spread{bits}": f"({_spread(bits)})" for bits in range(2, 8)}, "spread8": "({x})",
+}  # fmt: skip
+
 _SIZES = ("M", "N", "K")
 #: what the names in shapes mean
 SYMBOLS = {

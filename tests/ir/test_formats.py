@@ -15,7 +15,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from kernelgen.errors import FormatError
 from kernelgen.ir import formats
-from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.block import BlockFormat, Derived
+from kernelgen.ir.check import twins, unread
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import Expr, table, var, where
 from kernelgen.ir.formats import FORMATS
@@ -337,7 +338,8 @@ def test_every_kind_of_field_decodes() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "size": ({"nbytes": 19}, "fields take 20 bytes, but nbytes says 19"),
+    "size": (
+        {"nbytes": 19}, "fields take 20 bytes, but nbytes says 19; correct one: d 4, qs 16"),
     "storage": ({"fields": {"d": "f16[2]", "qs": "u7[16]"}}, "qs is declared 'u7[16]'; write a"),
     "count": ({"fields": {"d": "f16[2]", "qs": "u8[x]"}}, "qs is declared 'u8[x]'; write a type"),
     "name": ({"name": "my format"}, "a name is letters, digits and underscores"),
@@ -390,6 +392,37 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a number for a code": ({"code": lambda b, i: 3}, "code"),
     "nothing for a code": ({"code": lambda b, i: None}, "code"),
     "a condition for a code": ({"code": lambda b, i: b.qs[i % 16] < 3}, "code"),
+    "a condition for an offset": (
+        {"offset": lambda b, g: b.d[g] < 1.0}, "offset(g) = d[g] < 1 is a condition; it must be"),
+    "true division": (
+        {"code": lambda b, i: b.qs[i / 2] & 15}, "code(i): i32 / i32 has no meaning: i / 2"),
+    "a list": (
+        {"code": lambda b, i: [1, 2][b.qs[i % 16] & 1]},
+        "code(i) cannot be written down, as its function raised TypeError: list indices must be"),
+    "an array": (
+        {"code": lambda b, i: np.arange(16)[b.qs[i % 16] & 15]}, "table(values, index) for a list"),
+    "one parameter": ({"scale": lambda b: b.d[0]}, "it gets a block and an index"),
+    "an empty field": ({"fields": {"d": "f16[2]", "qs": "u8[0]"}}, "leave out a field of nothing"),
+    "a keyword": (
+        {"fields": {"d": "f16[2]", "class": "u8[16]"}}, "b.class cannot be written in Python"),
+    "a field with a space": ({"fields": {"d": "f16[2]", "q s": "u8[16]"}}, "choose another name"),
+    "two things of a name": (
+        {"ints": {"d": lambda b, g: b.qs[g]}}, "b.d would be several things; names of"),
+    "a group integer that is a float": (
+        {"ints": {"m": lambda b, g: b.d[g]}}, "m(g) = d[g] is f32; what ints name are integers"),
+    "a group integer without its index": (
+        {"ints": {"m": lambda b, g: b.qs[g]}, "scale": lambda b, g: b.d[g] * b.m},
+        "scale(g): m, which has several elements (write m[index]), is not a number"),
+    "an unknown integer": (
+        {"scale": lambda b, g: b.d[g] * b.m[g]}, "format made_up has no field m; it has d, qs"),
+    "a derived field that is none": (
+        {"derived": {"s": Derived(16, lambda b, total: total)}}, "derived speaks of 's'; there is"),
+    "the largest of nothing": ({"largest": {"m": 3}}, "largest speaks of 'm'; there is code, d"),
+    "a bias between integers": ({"bias": 7.5}, "bias is 7.5; it must be an integer"),
+    "a size in text": ({"block": "32"}, "block is '32'; it must be an integer"),
+    "fields in a list": (
+        {"fields": [("d", "f16")]}, "fields is [('d', 'f16')]; write it as a dictionary, by name"),
+    "a number for a name": ({"name": 5}, "a name is letters, digits and underscores"),
 }  # fmt: skip
 
 
@@ -405,6 +438,35 @@ def check_refused(changes: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(("changes", "text"), BAD.values(), ids=BAD)
 def test_a_bad_description_is_refused(changes: dict[str, Any], text: str) -> None:
     check_refused(changes, text)
+
+
+@pytest.mark.parametrize(
+    ("code", "which"),
+    [
+        (lambda b, i: b.qs[i % 16] & 15, "elements 0 and 16"),
+        (lambda b, i: (b.qs[i % 16] >> i) & 15, "elements 8 and 9"),
+        (lambda b, i: (b.qs[i // 4] >> (2 * (i % 4))) & 0, "elements 0 and 1"),
+    ],
+)
+def test_elements_that_read_the_same_bits_are_refused(code: Any, which: str) -> None:
+    """When it is registered, which kernelgen's own need not be."""
+    fmt = BlockFormat(**GOOD | {"code": code})
+    with pytest.raises(FormatError, match=f"format made_up: {which} of a block have the same code"):
+        formats.register(fmt)
+    with pytest.raises(FormatError, match="'made_up' is not known"):
+        formats.get("made_up")
+
+
+@every_format
+def test_all_elements_and_bits_are_apart(fmt: BlockFormat) -> None:
+    assert fmt.block == 1 or twins(fmt) is None
+    # scales of nvfp4 have a bit for a sign that they do not have
+    assert unread(fmt) == ({"d": 4} if fmt.name == "nvfp4" else {})
+
+
+def test_bits_that_nothing_reads_are_found() -> None:
+    seven = {"code": lambda b, i: (b.qs[i % 16] >> (4 * (i // 16))) & 7}
+    assert unread(BlockFormat(**GOOD | seven)) == {"qs": 32}
 
 
 def test_a_group_integer_that_reads_outside_is_refused() -> None:

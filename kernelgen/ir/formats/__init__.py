@@ -13,6 +13,8 @@ from typing import Any
 
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.check import twins
+from kernelgen.ir.expr import show, var
 from kernelgen.ir.formats import families
 from kernelgen.ir.formats.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from kernelgen.ir.formats.floats import BF16, F16, F32
@@ -102,6 +104,13 @@ def register(fmt: BlockFormat) -> BlockFormat:
     known = _by_name.get(fmt.name.lower()) or families.find(fmt.name)
     if known is not None and known is not fmt:
         raise FormatError(f"format {fmt.name} is already registered; choose another name")
+    alike = twins(fmt) if fmt.block > 1 else None
+    if alike is not None:
+        raise FormatError(
+            f"format {fmt.name}: elements {alike[0]} and {alike[1]} of a block have the same code"
+            f" whatever the bytes are: code(i) = {show(fmt.code_expr(var('i', fmt.block)))}; see"
+            " whether an index or a shift leaves out a part of i"
+        )
     _by_name[fmt.name.lower()] = fmt
     return fmt
 

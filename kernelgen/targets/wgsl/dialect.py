@@ -10,7 +10,7 @@ from kernelgen.ir.expr import WordTable
 from kernelgen.targets.base import Argument
 from kernelgen.targets.codebook import CODEBOOK
 from kernelgen.targets.printer import Dialect
-from kernelgen.targets.simt import table_type
+from kernelgen.targets.simt import SPREADS, table_type
 
 MEMORY = Dialect(
     {
@@ -49,6 +49,7 @@ MEMORY = Dialect(
         "table": "{table}_of({index})",
         "lookup": "{table}_lookup({index})",
         "spread1": "spread1({x})",
+        **SPREADS,
         "negate": "negate_bytes({x}, {bits})",
         "element": "{name}[{index}]",
         "fetch.u8.1": "load_u8{suffix}({address})",
