@@ -25,10 +25,11 @@ class Ranks:
 
     rank, count       of all ranks
     replica, replicas of those that share out prompts
+    stages            that a call of the model goes through
     """
 
     rank = replica = 0
-    count = replicas = 1
+    count = replicas = stages = 1
 
     def plan(self, shape: Hyperparameters, tensors: Mapping[str, Any], where: str) -> Part:
         """What this rank holds of a model; see `Plan` for what it refuses."""
