@@ -27,10 +27,8 @@ T = TypeVar("T")
 
 #: tokens of a micro-batch at least; with fewer, reading weights takes longer than computing
 LEAST = 32
-#: how long the engine waits for ranks that live: longer than any compile
-PATIENCE = datetime.timedelta(minutes=30)
-#: how long for all to come
-MEETING = datetime.timedelta(minutes=5)
+#: how long the engine waits for ranks that live, or are yet to come: longer than any compile
+PATIENCE = datetime.timedelta(minutes=10)
 
 
 class SharedError(RankError):
@@ -113,7 +111,7 @@ class Mesh(Ranks):
         """A connection of its own to the store through which the ranks met."""
         store = self._dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=MEETING, wait_for_workers=False,
+            timeout=PATIENCE, wait_for_workers=False,
         )  # fmt: skip
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return self._dist.PrefixStore(f"kernelgen/{attempt}", store)
