@@ -41,7 +41,7 @@ def across_ranks(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*, tp: int, pp: int, dp: int, micro: int, backend: str | None, **given: Any) -> None:
-        if "WORLD_SIZE" not in os.environ and tp * pp * dp > 1:
+        if "WORLD_SIZE" not in os.environ and (tp or 1) * pp * dp > 1:
             raise typer.Exit(_start((tp or 1) * pp * dp))
         made = models.connect(tp=tp, pp=pp, dp=dp, micro=micro, backend=backend)
         with made as ranks, _quiet(ranks):

@@ -59,10 +59,10 @@ def end(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[in
     return found
 
 
-def everywhere(count: int, name: str, folder: Path, seconds: float = 240, **given: Any) -> Any:
+def everywhere(count: int, name: str, folder: Path, /, **given: Any) -> Any:
     """What a function of this module gives on each rank."""
     command = ["-c", MAIN, name, str(folder), json.dumps(given)]
-    for code, out, err in end(start(count, command), seconds):
+    for code, out, err in end(start(count, command), 500):
         assert code == 0, f"{out}\n{err}"
     return found(count, folder)
 

@@ -244,7 +244,7 @@ def run_until_one_is_gone(
     others = [one for n, one in enumerate(processes) if n != which]
     try:
         for one in processes:
-            wait_for(one, "runs", 200)
+            wait_for(one, "runs", 400)
         processes[which].send_signal(how)
         begin = time.monotonic()
         said = many.end(others, 60)
@@ -490,4 +490,4 @@ def command(words: list[str]) -> tuple[int, str, str]:
         [sys.executable, *words], env=environment, cwd=many.ROOT, text=True,
         stdout=many.subprocess.PIPE, stderr=many.subprocess.PIPE,
     )  # fmt: skip
-    return many.end([one], 300)[0]
+    return many.end([one], 500)[0]
