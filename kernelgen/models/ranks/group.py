@@ -65,7 +65,7 @@ class Ranks:
         return contextlib.nullcontext()
 
     def own(self, prompts: Sequence[T]) -> list[T]:
-        """Those of some prompts, known to all, that are for this replica."""
+        """Those of rank 0's prompts that are for this replica; all ranks call it."""
         return list(prompts)
 
     def collect(self, answers: Sequence[T]) -> list[T]:

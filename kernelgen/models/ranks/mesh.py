@@ -240,8 +240,16 @@ class Mesh(Ranks):
             raise SharedError(said if alike else f"rank {failed[0]}: {said}") from error
 
     def own(self, prompts: Sequence[T]) -> list[T]:
-        """Every replica gets every so many."""
-        return dealt(prompts, self.replica, self.replicas)
+        """Scattered by rank 0: every replica gets every so many."""
+        if self.replicas == 1:
+            return list(prompts)
+        each = self.stages * self._tp
+        hands = [dealt(prompts, rank // each, self.replicas) for rank in range(self.count)]
+        found: list[Any] = [None]
+        with self._engine("a scatter"):
+            self._dist.scatter_object_list(found, hands if self.rank == 0 else None)
+        mine: list[T] = found[0]
+        return mine
 
     def collect(self, answers: Sequence[T]) -> list[T]:
         """Gathered from the replicas."""
