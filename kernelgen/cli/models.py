@@ -58,6 +58,7 @@ def run(
     """Continue a text, or each of some; then say how fast it was, and which kernels ran."""
     model = models.open(file, target, precision, ranks)
     keys, values = _formats(cache)
+    mine = ranks.own(prompt)
     with ranks.together():
         tokenizer = _tokenizer(model)
 
@@ -71,7 +72,7 @@ def run(
                 cache=model.sequences(capacity=max(1, room), format=keys, value_format=values),
             )  # fmt: skip
 
-        begun_all = [begun(text) for text in ranks.own(prompt)]
+        begun_all = [begun(text) for text in mine]
     before = set(generate.generated())
     streams = not as_json and ranks.replicas == 1
 

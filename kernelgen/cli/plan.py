@@ -91,6 +91,8 @@ def _model(file: Path) -> tuple[Hyperparameters, Any]:
     found = kernelgen.open(file)
     if not isinstance(found, Model):
         raise FileError(f"{file} is no GGUF file and no shape in JSON; plans are made for these")
+    for name in found.skipped:
+        found[name]  # says which formats are known
     return Hyperparameters.of(found.metadata, str(file)), found
 
 

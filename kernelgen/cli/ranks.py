@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -31,13 +32,16 @@ Backend = Annotated[
     typer.Option("--backend", metavar="B", help="Of torch.distributed, such as gloo or nccl."),
 ]
 
+#: seconds that the other processes have when one failed
+_PATIENCE = 30.0
+
 
 def across_ranks(command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes `ranks`, with the options that say how many there are."""
 
     @functools.wraps(command)
     def run(*, tp: int, pp: int, dp: int, micro: int, backend: str | None, **given: Any) -> None:
-        if "WORLD_SIZE" not in os.environ and tp * pp * dp > 1:
+        if "WORLD_SIZE" not in os.environ and (tp or 1) * pp * dp > 1:
             raise typer.Exit(_start((tp or 1) * pp * dp))
         made = models.connect(tp=tp, pp=pp, dp=dp, micro=micro, backend=backend)
         with made as ranks, _quiet(ranks):
@@ -100,7 +104,15 @@ def _start(count: int) -> int:
         for rank in range(count):
             here = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=os.environ | here))
-        codes = [one.wait() for one in processes]
+        while all(one.poll() in (None, 0) for one in processes):
+            if all(one.poll() == 0 for one in processes):
+                return 0
+            time.sleep(0.1)
+        end = time.monotonic() + _PATIENCE  # in which the others say what they missed
+        for one in processes:
+            one.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
     except KeyboardInterrupt:
         return 130
     finally:
@@ -108,4 +120,4 @@ def _start(count: int) -> int:
             if one.poll() is None:
                 one.terminate()
                 one.wait()
-    return next((code if code > 0 else 1 for code in codes if code), 0)
+    return 1

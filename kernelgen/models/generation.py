@@ -16,7 +16,7 @@ from kernelgen.models.sampling import Sampler
 
 Array = npt.NDArray[Any]
 
-#: tokens of a prompt that go through the model together
+#: tokens of a prompt that go through the model together, for each of its stages
 BATCH = 512
 
 
@@ -85,8 +85,9 @@ class Generation:
 def read_prompt(model: Decoder, prompt: Sequence[int], cache: Sequences) -> Array:
     """Logits (vocabulary,) after a prompt, which goes into sequence 0 of the cache."""
     logits = np.empty((1, 0), np.float32)
-    for start in range(0, len(prompt), BATCH):
-        logits = model.forward([(0, prompt[start : start + BATCH])], cache)
+    size = BATCH * model.ranks.stages
+    for start in range(0, len(prompt), size):
+        logits = model.forward([(0, prompt[start : start + size])], cache)
     found: Array = logits[-1]
     return found
 

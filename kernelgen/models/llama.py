@@ -174,7 +174,8 @@ class Decoder:
         """
         counts = [len(tokens) for _, tokens in turns]
         self._check(turns, counts, cache)
-        x = np.concatenate([self._blocks(some, cache) for some in self.ranks.pieces(turns)])
+        parts = [self._blocks(some, cache) for some in self.ranks.pieces(turns)]
+        x = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not every:
             x = x[np.cumsum(counts) - 1]
         return self.ranks.logits(lambda: self._logits(x), len(x), self.vocabulary)
@@ -219,12 +220,14 @@ class Decoder:
     def _embed(self, ids: Array) -> Array:
         """Rows of the embedding, each from the rank that has it."""
         tokens = self.part.cut.tokens
+        if len(tokens) == self.vocabulary:
+            found: Array = kernelgen.get_rows(self.embedding, ids, target=self.target)
+            return found
         own = (ids >= tokens.start) & (ids < tokens.stop)
         x = kernelgen.get_rows(
             self.embedding, np.where(own, ids - tokens.start, 0), target=self.target
         )
-        if not own.all():
-            x[~own] = 0
+        x[~own] = 0
         return self.ranks.sum(x)
 
     def _logits(self, x: Array) -> Array:

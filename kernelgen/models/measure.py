@@ -64,15 +64,15 @@ def speeds(
             f"{longest} tokens do not fit the model's context of {model.shape.context}"
         )
     cache = model.sequences(tenants, capacity=longest, format=format, value_format=value_format)
-    random = np.random.default_rng(0)
+    random, size = np.random.default_rng(0), BATCH * model.ranks.stages
 
     def ids(count: int) -> list[int]:
         return [int(one) for one in random.integers(0, model.vocabulary, count)]
 
     def read() -> None:
         for sequence in range(tenants):
-            for start in range(0, prompt, BATCH):
-                model.forward([(sequence, ids(min(BATCH, prompt - start)))], cache)
+            for start in range(0, prompt, size):
+                model.forward([(sequence, ids(min(size, prompt - start)))], cache)
 
     def write() -> None:
         for _ in range(tokens):

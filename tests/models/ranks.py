@@ -59,10 +59,10 @@ def end(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[in
     return found
 
 
-def everywhere(count: int, name: str, folder: Path, seconds: float = 240, **given: Any) -> Any:
+def everywhere(count: int, name: str, folder: Path, /, **given: Any) -> Any:
     """What a function of this module gives on each rank."""
     command = ["-c", MAIN, name, str(folder), json.dumps(given)]
-    for code, out, err in end(start(count, command), seconds):
+    for code, out, err in end(start(count, command), 500):
         assert code == 0, f"{out}\n{err}"
     return found(count, folder)
 
@@ -78,32 +78,32 @@ def main(name: str, folder: str, given: str) -> None:
 
 
 def results(
-    to: Path, path: str, prompts: list[list[int]], target: str = "numpy", precision: str = "fp32",
-    count: int = 6, forever: bool = False, **cut: int,
+    to: Path, paths: list[str], prompts: list[list[int]], target: str = "numpy",
+    precision: str = "fp32", count: int = 6, forever: bool = False, **cut: int,
 ) -> None:  # fmt: skip
-    """What a model makes of prompts: logits in all ways in which it is called, and tokens.
+    """What each of some models makes of prompts: see `called`.
 
     forever  then tokens without end, and a word when they flow
     """
     from kernelgen import models
 
     if forever:
-        signal.alarm(300)  # whatever becomes of the test
+        signal.alarm(600)  # whatever becomes of the test
     with models.connect(**cut) as ranks:
-        model = models.open(path, target, precision, ranks)
-        to.write_bytes(pickle.dumps(called(model, prompts, count)))
-        cache = model.sequences(capacity=64)
+        loaded = [models.open(path, target, precision, ranks) for path in paths]
+        to.write_bytes(pickle.dumps([called(model, prompts, count) for model in loaded]))
+        cache = loaded[0].sequences(capacity=64)
         turns = 0
         while forever:
             turns += 1
             if turns == 3:
                 print("runs", flush=True)
             cache.truncate()
-            model.forward([(0, [1, 2, 3])], cache)
+            loaded[0].forward([(0, [1, 2, 3])], cache)
 
 
 def called(model: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """See `results`."""
+    """Logits of a model in all ways in which it is called, tokens, and what it holds."""
     from kernelgen import models
 
     cache = model.sequences(2, capacity=64)

@@ -25,10 +25,11 @@ class Ranks:
 
     rank, count       of all ranks
     replica, replicas of those that share out prompts
+    stages            that a call of the model goes through
     """
 
     rank = replica = 0
-    count = replicas = 1
+    count = replicas = stages = 1
 
     def plan(self, shape: Hyperparameters, tensors: Mapping[str, Any], where: str) -> Part:
         """What this rank holds of a model; see `Plan` for what it refuses."""
@@ -64,7 +65,7 @@ class Ranks:
         return contextlib.nullcontext()
 
     def own(self, prompts: Sequence[T]) -> list[T]:
-        """Those of some prompts, known to all, that are for this replica."""
+        """Those of rank 0's prompts that are for this replica; all ranks call it."""
         return list(prompts)
 
     def collect(self, answers: Sequence[T]) -> list[T]:

@@ -27,10 +27,8 @@ T = TypeVar("T")
 
 #: tokens of a micro-batch at least; with fewer, reading weights takes longer than computing
 LEAST = 32
-#: how long the engine waits for ranks that live: longer than any compile
-PATIENCE = datetime.timedelta(minutes=30)
-#: how long for all to come
-MEETING = datetime.timedelta(minutes=5)
+#: how long the engine waits for ranks that live, or are yet to come: longer than any compile
+PATIENCE = datetime.timedelta(minutes=10)
 
 
 class SharedError(RankError):
@@ -81,7 +79,7 @@ class Mesh(Ranks):
         self, torch: Any, sizes: tuple[int, int, int], micro: int, backend: str | None
     ) -> None:
         self._torch, self._dist = torch, torch.distributed
-        self.replicas, self._pp, self._tp = sizes
+        self.replicas, self.stages, self._tp = sizes
         self._micro = micro
         self._device = self._own_device(backend)
         self._sent: list[tuple[Any, Any]] = []
@@ -113,7 +111,7 @@ class Mesh(Ranks):
         """A connection of its own to the store through which the ranks met."""
         store = self._dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-            timeout=MEETING, wait_for_workers=False,
+            timeout=PATIENCE, wait_for_workers=False,
         )  # fmt: skip
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return self._dist.PrefixStore(f"kernelgen/{attempt}", store)
@@ -152,15 +150,15 @@ class Mesh(Ranks):
                 f"rank {other[0]} was given another model than rank 0; give all ranks the same file"
             )
         with self.together():
-            made = Plan(shape, tensors, tp=self._tp, pp=self._pp, dp=self.replicas, where=where)
+            made = Plan(shape, tensors, tp=self._tp, pp=self.stages, dp=self.replicas, where=where)
         return made.part(self._stage, self._tensor)
 
     def pieces(self, turns: Sequence[Turn]) -> list[list[Turn]]:
         """Micro-batches, where there is more than one stage."""
-        if self._pp == 1:
+        if self.stages == 1:
             return [list(turns)]
         tokens = sum(len(some) for _, some in turns)
-        return split(turns, self._micro or max(1, min(4 * self._pp, tokens // LEAST)))
+        return split(turns, self._micro or max(1, min(4 * self.stages, tokens // LEAST)))
 
     def sum(self, x: Array) -> Array:
         """All-reduce over the tensor ranks; x itself may be changed."""
@@ -195,7 +193,7 @@ class Mesh(Ranks):
     def logits(self, make: Callable[[], Array], rows: int, vocabulary: int) -> Array:
         """Gathered from the tensor ranks of the last stage, and broadcast to the others."""
         self._finish_sending()
-        last = self._stage == self._pp - 1
+        last = self._stage == self.stages - 1
         if last:
             widths = [len(some) for some in shares(vocabulary, self._tp)]
             tensor = self._tensor_of(self._gathered(make(), widths))
@@ -203,8 +201,8 @@ class Mesh(Ranks):
             tensor = self._torch.empty(
                 (rows, vocabulary), dtype=self._torch.float32, device=self._device
             )
-        if self._pp > 1:
-            source = self.rank + (self._pp - 1 - self._stage) * self._tp
+        if self.stages > 1:
+            source = self.rank + (self.stages - 1 - self._stage) * self._tp
             with self._engine("a broadcast"):
                 self._dist.broadcast(tensor, source, group=self._of["pp"])
         return _array(tensor)
@@ -242,8 +240,16 @@ class Mesh(Ranks):
             raise SharedError(said if alike else f"rank {failed[0]}: {said}") from error
 
     def own(self, prompts: Sequence[T]) -> list[T]:
-        """Every replica gets every so many."""
-        return dealt(prompts, self.replica, self.replicas)
+        """Scattered by rank 0: every replica gets every so many."""
+        if self.replicas == 1:
+            return list(prompts)
+        each = self.stages * self._tp
+        hands = [dealt(prompts, rank // each, self.replicas) for rank in range(self.count)]
+        found: list[Any] = [None]
+        with self._engine("a scatter"):
+            self._dist.scatter_object_list(found, hands if self.rank == 0 else None)
+        mine: list[T] = found[0]
+        return mine
 
     def collect(self, answers: Sequence[T]) -> list[T]:
         """Gathered from the replicas."""
@@ -262,7 +268,7 @@ class Mesh(Ranks):
         return found
 
     def __str__(self) -> str:
-        sizes = {"tp": self._tp, "pp": self._pp, "dp": self.replicas}
+        sizes = {"tp": self._tp, "pp": self.stages, "dp": self.replicas}
         return ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
 
     def close(self, failure: str | None = None) -> None:

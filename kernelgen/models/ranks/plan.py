@@ -105,13 +105,17 @@ class Part:
 
     def vector(self, name: str, x: Array) -> Array | None:
         """Its elements of a norm or a bias (N,); None where another rank adds it."""
+        own = self._elements(name, len(x))
+        return x[own.start : own.stop] if own else None
+
+    def _elements(self, name: str, size: int) -> range:
         _, kind, what = _named(name)
         if what == "bias" and kind in COLUMNS:
-            return x if self.leads else None
+            return range(size if self.leads else 0)
         if what == "bias" and kind in ROWS:
             own: range = getattr(self.cut, ROWS[kind])
-            return x[own.start : own.stop]
-        return x
+            return own
+        return range(size)
 
     def of(self, name: str, shape: tuple[int, ...]) -> tuple[range, range]:
         """Rows and columns of a matrix that this rank holds."""
@@ -126,7 +130,9 @@ class Part:
     def nbytes(self, name: str, w: Outline) -> int:
         """Bytes of its part of a tensor."""
         if len(w.shape) < 2:
-            return w.format.row_bytes(w.shape[0])
+            return (
+                w.format.row_bytes(w.shape[0]) * len(self._elements(name, w.shape[0])) // w.shape[0]
+            )
         rows, columns = self.of(name, w.shape)
         return len(rows) * w.format.row_bytes(len(columns))
 

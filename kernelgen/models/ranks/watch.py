@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from typing import Any
 
 #: seconds between beats, and without one until a rank is given up
 EVERY, SILENT = 1.0, 20.0
+#: seconds without a look at the clock after which this process was stopped itself
+_ASLEEP = 5.0
 #: how the beat of a rank begins that ended, well or not
 _LEFT, _FAILED = "left", "failed "
 
@@ -37,10 +40,10 @@ class Watch:
         now, self._beat = time.monotonic(), 0
         self._beats = dict.fromkeys(self._others, "")
         self._heard = dict.fromkeys(self._others, now)
-        self._answered = now
+        self._answered = self._looked = now
         self._closed = threading.Event()
         self._names: dict[int, str] = {}
-        store.set(f"name/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
+        store.set(f"name/{rank}", f"process {os.getpid()} on {platform.node()}")
         store.set(f"beat/{rank}", "0")
         self._threads = [
             threading.Thread(target=one, name=f"kernelgen-{one.__name__}", daemon=True)
@@ -83,6 +86,7 @@ class Watch:
 
     def _exchange(self) -> None:
         """Write a beat, and read those of the others."""
+        self._look()
         self._beat += 1
         self._store.set(f"beat/{self._rank}", str(self._beat))
         found = self._store.multi_get([f"beat/{other}" for other in self._others])
@@ -94,9 +98,18 @@ class Watch:
     def _judge(self) -> None:
         """Touches no store, which may hang."""
         while not self._closed.wait(EVERY / 2):
+            self._look()
             if (found := self._missing(SILENT)) is not None:
                 self._end(found)
                 return
+
+    def _look(self) -> None:
+        """Take nobody's silence amiss while this process, and maybe all, was stopped."""
+        now = time.monotonic()
+        if now - self._looked > _ASLEEP:
+            self._answered = now
+            self._heard = dict.fromkeys(self._others, now)
+        self._looked = now
 
     def _missing(self, silent: float) -> str | None:
         now = time.monotonic()
