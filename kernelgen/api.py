@@ -25,7 +25,7 @@ from kernelgen.problem import MATVEC_ROWS
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.tensor import QuantTensor, quantize
+from kernelgen.tensor import QuantTensor, Stacked, quantize
 from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _wrong_columns(shape: tuple[int, ...], w: QuantTensor) -> NoReturn:
     )
 
 
-def not_a_matrix(w: QuantTensor) -> tuple[int, int]:
+def not_a_matrix(w: QuantTensor | Stacked) -> tuple[int, int]:
     raise ShapeError(
         f"weights are matrices (N, K), not of shape {w.shape}; w[e] takes one of a stack"
     )
