@@ -318,6 +318,11 @@ def writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     return out
 
 
+@once
+def _row_reader(target: str, fmt: BlockFormat) -> Kernel:
+    return kernel("get_rows", fmt, target)
+
+
 @any_array()
 def get_rows(
     w: QuantTensor, ids: Any, *, target: str | None = None, on_fallback: str | None = None
@@ -330,7 +335,7 @@ def get_rows(
     """
     name = target or default_target(on_fallback)
     ids = np.asarray(ids)
-    rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
+    rows = runtime_of(name).get_rows(_row_reader(name, w.format), w, ids.reshape(-1))
     return w.in_order(rows.reshape(*ids.shape, w.shape[-1]))
 
 
