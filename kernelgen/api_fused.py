@@ -314,7 +314,7 @@ def launches_of(target: str, problem: MatmulProblem, fused: Fusion) -> list[str]
     lines = [one.name for one in (*before, kernel)]
     if fused.norm is not None and not kernel.normalizes:
         reason = f"no kernel of walk {kernel.walk.name} takes activations on its own"
-        lines.insert(0, f"rms_norm, before: {reason}")
+        lines.insert(0, f"the norm runs before, in a kernel of its own: {reason}")
     if gated:
         lines[-1] += " (gate and up in one kernel)"
     return lines
