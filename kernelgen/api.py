@@ -25,7 +25,7 @@ from kernelgen.problem import MATVEC_ROWS, row_bucket
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.tensor import QuantTensor, quantize
+from kernelgen.tensor import QuantTensor, Stacked, quantize
 from kernelgen.tuner import lookup
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _wrong_columns(shape: tuple[int, ...], w: QuantTensor) -> NoReturn:
     )
 
 
-def not_a_matrix(w: QuantTensor) -> tuple[int, int]:
+def not_a_matrix(w: QuantTensor | Stacked) -> tuple[int, int]:
     raise ShapeError(
         f"weights are matrices (N, K), not of shape {w.shape}; w[e] takes one of a stack"
     )
@@ -316,6 +316,11 @@ def writable(out: Array, shape: tuple[int, ...], n: int, x: Array) -> Array:
     return out
 
 
+@once
+def _row_reader(target: str, fmt: BlockFormat) -> Kernel:
+    return kernel("get_rows", fmt, target)
+
+
 @any_array()
 def get_rows(
     w: QuantTensor, ids: Any, *, target: str | None = None, on_fallback: str | None = None
@@ -328,7 +333,7 @@ def get_rows(
     """
     name = target or default_target(on_fallback)
     ids = np.asarray(ids)
-    rows = runtime_of(name).get_rows(kernel("get_rows", w.format, name), w, ids.reshape(-1))
+    rows = runtime_of(name).get_rows(_row_reader(name, w.format), w, ids.reshape(-1))
     return w.in_order(rows.reshape(*ids.shape, w.shape[-1]))
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kernelgen import api
 from kernelgen import targets as target_list
+from kernelgen.api_rows import rms_norm
 from kernelgen.dispatch import Fallback, any_array, of_choice, once, report
 from kernelgen.errors import ShapeError
 from kernelgen.generate import generate_walk
@@ -20,7 +21,7 @@ from kernelgen.ir.ops import epilogue as ops
 from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Activation, Epilogue, Fusion, Operand, RmsNorm
 from kernelgen.problem import row_bucket
 from kernelgen.targets.base import Kernel, Product
-from kernelgen.tensor import Interleaved, QuantTensor
+from kernelgen.tensor import Interleaved, QuantTensor, Stacked
 from kernelgen.tuner import lookup
 from kernelgen.tuner.lookup import Choice
 from kernelgen.tuner.problems import MatmulProblem
@@ -103,7 +104,7 @@ def _runner(
 
 def matmul(
     x: Array,
-    w: QuantTensor,
+    w: QuantTensor | Stacked,
     *,
     scale: Any = None,
     bias: Any = None,
@@ -209,7 +210,7 @@ def _both(gate: QuantTensor, up: QuantTensor, apart: int) -> Interleaved:
 def _run(
     x: Array, rows: Array, wanted: tuple[int, ...], given: Mapping[str, Array], out: Array | None,
     target: str, fmt: BlockFormat, weight_rows: int, precision: str, max_error: float | None,
-    fused: Fusion, weights: Callable[[Kernel], QuantTensor | Interleaved], on_fallback: str | None,
+    fused: Fusion, weights: Callable[[Kernel], Any], on_fallback: str | None,
 ) -> Array:  # fmt: skip
     """Call the kernel of a fusion, and give what it made in x's dtype and shape."""
     m, n = len(rows), wanted[-1]
@@ -225,11 +226,10 @@ def _run(
         if fallbacks:
             report(fallbacks, on_fallback)
         if fused.norm is not None and not kernel.normalizes:
-            normalized = ops.rms_norm(fused.norm, rows, given[NORM_WEIGHT])
-            rows = normalized.astype(np.float32)
+            rows = rms_norm(rows, given[NORM_WEIGHT], fused.norm.eps, target=target)
         w = weights(kernel)
         run(rows, w, y, given)
-        if isinstance(w, Interleaved) and w.prepared:
+        if isinstance(w, Interleaved | Stacked) and w.prepared:
             w.forget()
     if out is not None:
         if out.dtype != np.float32:
@@ -249,7 +249,7 @@ def _rows(x: Array, k: int, weights: tuple[int, ...]) -> Array:
     return np.ascontiguousarray(rows.reshape(x.size // k if k else 0, k))
 
 
-def _ordered(array: Array, w: QuantTensor) -> Array:
+def _ordered(array: Array, w: QuantTensor | Stacked) -> Array:
     """Columns in the order in which the weights have them."""
     return array if w.columns is None else np.ascontiguousarray(array[..., w.columns])
 
@@ -313,7 +313,7 @@ def launches_of(target: str, problem: MatmulProblem, fused: Fusion) -> list[str]
     lines = [one.name for one in (*before, kernel)]
     if fused.norm is not None and not kernel.normalizes:
         reason = f"no kernel of walk {kernel.walk.name} takes activations on its own"
-        lines.insert(0, f"the norm runs before, in numpy: {reason}")
+        lines.insert(0, f"the norm runs before, in a kernel of its own: {reason}")
     if gated:
         lines[-1] += " (gate and up in one kernel)"
     return lines

@@ -48,6 +48,15 @@ _FROM_ML_DTYPES = ("bf16", "f8_e4m3", "f8_e5m2")
 def type_of(dtype: Any) -> str:
     """The type of elements that a numpy dtype, its name, or one of `kernelgen.ir.ops.tensors.TYPES`
     stands for."""
+    return _type_of_dtype(dtype) if isinstance(dtype, np.dtype) else _type_of(dtype)
+
+
+@functools.cache
+def _type_of_dtype(dtype: np.dtype[Any]) -> str:
+    return _type_of(dtype)
+
+
+def _type_of(dtype: Any) -> str:
     if isinstance(dtype, str) and dtype in TYPES:
         return dtype
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
@@ -169,6 +178,8 @@ def run(
 
 def _reach(array: Array) -> int:
     """Elements from the first to the last of rows that a kernel is given at once."""
+    if array.flags.c_contiguous and array.size <= _PIECE:
+        return int(array.size)
     rows = max(1, _PIECE // max(1, array.shape[-1] if array.ndim > 1 else 1))
     sizes = (min(array.shape[0], rows), *array.shape[1:]) if array.ndim else ()
     steps = (abs(s) // array.itemsize for s in array.strides)

@@ -203,7 +203,7 @@ class _Call:
     def _add(self, name: str, x: Any, shape: tuple[int, ...], axes: int) -> Tensor:
         given = as_array(x)
         try:
-            full = np.broadcast_to(given, shape)
+            full = given if given.shape == shape else np.broadcast_to(given, shape)
         except ValueError:
             raise ShapeError(
                 f"{name} of shape {given.shape} was given; it must broadcast to {shape}"

@@ -138,9 +138,11 @@ class KVCache:
 
     def _blocks(self, k: Array, v: Array, target: str | None) -> list[Array]:
         """Both as blocks; at once where they are alike, as a few rows cost little more than one."""
-        given = [np.ascontiguousarray(x, np.float32) for x in (k, v)]
         if self.keys.format is self.values.format and k.shape == v.shape:
-            return [*self._made(np.stack(given), 0, target)]
+            both = np.empty((2, *k.shape), np.float32)
+            both[0], both[1] = k, v
+            return [*self._made(both, 0, target)]
+        given = [np.ascontiguousarray(x, np.float32) for x in (k, v)]
         return [self._made(x, n, target) for n, x in enumerate(given)]
 
     def _made(self, x: Array, which: int, target: str | None) -> Array:
@@ -191,7 +193,7 @@ class KVCache:
         """Blocks (n, heads, T, bytes) of some sequences behind those they have, on all devices."""
         count = rows.shape[2]
         at = self.lengths[which][:, None] + np.arange(count)
-        outer = np.broadcast_to(np.array(which, int)[:, None], at.shape)
+        outer = np.array(which, int)[:, None]
         if self.pages is not None:
             outer, at = self.pages[outer, at // self._page], at % self._page
         place[outer, :, at] = rows.swapaxes(1, 2)
@@ -201,8 +203,8 @@ class KVCache:
                 continue
             for n, b in enumerate(which):
                 for first, some in self._runs(int(self.lengths[b]), count):
-                    start = int(at[n, first])
-                    copy.renew(place, int(outer[n, first]), slice(start, start + some))
+                    start, batch = int(at[n, first]), outer[n, first if self._page else 0]
+                    copy.renew(place, int(batch), slice(start, start + some))
 
     def _runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
         """Of `count` tokens from a place on, those that lie side by side: the first, how many."""

@@ -297,54 +297,44 @@ def human_bytes(count: float) -> str:
     return f"{count / 1000:.1f} TB"
 
 
-class Interleaved:
-    """Two matrices (N, K) of one format as one, for a gated product: `apart` rows of the first, as
-    many of the second, and so on; rows of zero bytes fill up the last ones.
+class _Together:
+    """Matrices (N, K) of one format as one, for a product with all of them.
 
     The bytes are there only until `forget` is called, as targets keep repacked copies; read again
     they are made again.
     """
 
-    __slots__ = ("__weakref__", "_apart", "_data", "_first", "_prepared", "_second", "_shape")
+    __slots__ = ("__weakref__", "_data", "_parts", "_prepared", "_shape")
 
-    def __init__(self, first: QuantTensor, second: QuantTensor, apart: int = 1) -> None:
-        if first.format is not second.format or first.shape != second.shape:
-            raise ShapeError(
-                f"{first.format.name} {_times(first.shape)} and {second.format.name}"
-                f" {_times(second.shape)} were given; gate and up have one format and one shape"
-            )
-        if len(first.shape) != 2:
-            raise ShapeError(f"gate and up are matrices (N, K), not of shape {first.shape}")
-        self._first, self._second, self._apart = first, second, apart
-        n, k = first.shape
-        self._shape = (-(-n // apart) * 2 * apart, k)
+    #: columns are in order
+    columns = None
+
+    def __init__(self, parts: tuple[QuantTensor, ...], shape: tuple[int, ...]) -> None:
+        self._parts, self._shape = parts, shape
         self._data: npt.NDArray[np.uint8] | None = None
         self._prepared: dict[Hashable, Any] = {}
 
     @property
     def format(self) -> BlockFormat:
-        """The format of both."""
-        return self._first.format
+        """The format of all."""
+        return self._parts[0].format
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows of both, K)."""
+        """(rows of all, K)."""
         return self._shape
 
     @property
     def data(self) -> npt.NDArray[np.uint8]:
-        """The bytes, uint8 (rows of both, row_bytes)."""
+        """The bytes, uint8 (rows of all, row_bytes)."""
         found = self._data  # which another thread may forget meanwhile
         if found is None:
-            apart, (n, row_bytes) = self._apart, self._first.data.shape
-            whole = n // apart
-            parts = np.zeros((self._shape[0] // (2 * apart), 2, apart, row_bytes), np.uint8)
-            for which, one in enumerate((self._first, self._second)):
-                parts[:whole, which] = one.data[: whole * apart].reshape(whole, apart, row_bytes)
-                parts[whole:, which, : n - whole * apart] = one.data[whole * apart :]
-            found = self._data = parts.reshape(-1, row_bytes)
+            found = self._data = self._joined()
             found.flags.writeable = False
         return found
+
+    def _joined(self) -> npt.NDArray[np.uint8]:
+        raise NotImplementedError
 
     @property
     def prepared(self) -> dict[Hashable, Any]:
@@ -354,6 +344,55 @@ class Interleaved:
     def forget(self) -> None:
         """Free the bytes; what targets keep stays."""
         self._data = None
+
+
+class Interleaved(_Together):
+    """Two matrices (N, K) of one format as one, for a gated product: `apart` rows of the first, as
+    many of the second, and so on; rows of zero bytes fill up the last ones."""
+
+    __slots__ = ("_apart",)
+
+    def __init__(self, first: QuantTensor, second: QuantTensor, apart: int = 1) -> None:
+        if first.format is not second.format or first.shape != second.shape:
+            raise ShapeError(
+                f"{first.format.name} {_times(first.shape)} and {second.format.name}"
+                f" {_times(second.shape)} were given; gate and up have one format and one shape"
+            )
+        if len(first.shape) != 2:
+            raise ShapeError(f"gate and up are matrices (N, K), not of shape {first.shape}")
+        self._apart = apart
+        n, k = first.shape
+        super().__init__((first, second), (-(-n // apart) * 2 * apart, k))
+
+    def _joined(self) -> npt.NDArray[np.uint8]:
+        apart, (n, row_bytes) = self._apart, self._parts[0].data.shape
+        whole = n // apart
+        parts = np.zeros((self._shape[0] // (2 * apart), 2, apart, row_bytes), np.uint8)
+        for which, one in enumerate(self._parts):
+            parts[:whole, which] = one.data[: whole * apart].reshape(whole, apart, row_bytes)
+            parts[whole:, which, : n - whole * apart] = one.data[whole * apart :]
+        return parts.reshape(-1, row_bytes)
+
+
+class Stacked(_Together):
+    """Matrices (N, K) of one format and one K as one that has the rows of the first, then those of
+    the second, and so on."""
+
+    __slots__ = ()
+
+    def __init__(self, *parts: QuantTensor) -> None:
+        first = parts[0]
+        for one in parts:
+            fits = len(one.shape) == 2 and one.shape[1] == first.shape[-1]
+            if not fits or one.format is not first.format or one.columns is not None:
+                raise ShapeError(
+                    f"{first!r} and {one!r} were to be stacked; they are matrices of one format"
+                    " with as many columns, in order"
+                )
+        super().__init__(parts, (sum(one.shape[0] for one in parts), first.shape[1]))
+
+    def _joined(self) -> npt.NDArray[np.uint8]:
+        return np.concatenate([one.data for one in self._parts])
 
 
 def _times(shape: Iterable[int]) -> str:

@@ -6,6 +6,8 @@ Sources: Touvron et al., "LLaMA" (2023); Ainslie et al., "GQA" (2023); the Qwen2
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from kernelgen.models.hyperparameters import Hyperparameters
 from kernelgen.models.ranks.group import Ranks
 from kernelgen.models.ranks.group import Turn as Turn
 from kernelgen.models.ranks.plan import Part
-from kernelgen.tensor import QuantTensor
+from kernelgen.tensor import QuantTensor, Stacked
 
 Array = npt.NDArray[Any]
 
@@ -33,9 +35,10 @@ PAGE = 32
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix of weights (N, K), and a bias (N,) where the model has one."""
+    """A matrix of weights (N, K), or several `Stacked`, and a bias (N,) where the model has
+    one."""
 
-    w: QuantTensor
+    w: Any
     bias: Array | None = None
 
 
@@ -54,6 +57,12 @@ class Layer:
     gate: Projection
     up: Projection
     down: Projection
+
+    @functools.cached_property
+    def qkv(self) -> tuple[Projection, ...]:
+        """q, k and v; as one matrix those that follow each other in one format."""
+        runs = itertools.groupby((self.q, self.k, self.v), lambda one: one.w.format)
+        return tuple(_stacked(list(some)) for _, some in runs)
 
 
 class Sequences:
@@ -232,23 +241,14 @@ class Decoder:
 
     def _logits(self, x: Array) -> Array:
         """Of this rank's part of the vocabulary, (rows, tokens of it)."""
-        return self._project(self._norm(x, self.norm), self.output)
+        return self._project(x, self.output, norm=self.norm, norm_eps=self.shape.eps)
 
     def _attention(
         self, layer: Layer, x: Array, kv: KVCache, positions: Array, groups: list[_Group]
     ) -> Array:
         """x + attention(norm(x)), x (tokens, width)."""
         shape = self.part.shape  # its own heads
-        h = self._norm(x, layer.attention_norm)
-        q = self._project(h, layer.q).reshape(len(x), shape.heads, shape.head_dim)
-        k = self._project(h, layer.k).reshape(len(x), shape.kv_heads, shape.head_dim)
-        v = self._project(h, layer.v).reshape(len(x), shape.kv_heads, shape.value_dim)
-        if layer.q_norm is not None:
-            q = self._norm(q, layer.q_norm)
-        if layer.k_norm is not None:
-            k = self._norm(k, layer.k_norm)
-        q = kernelgen.rope(q, positions[:, None], **self._turning)
-        k = kernelgen.rope(k, positions[:, None], **self._turning)
+        q, k, v = self._qkv(layer, x, shape, positions)
         y = np.empty((len(x), shape.heads, shape.value_dim), np.float32)
         for one in groups:
             kv.append(
@@ -262,18 +262,40 @@ class Decoder:
             y[one.rows] = found.swapaxes(1, 2)
         return self._add(x, y.reshape(len(x), -1), layer.out)
 
+    def _qkv(
+        self, layer: Layer, x: Array, shape: Hyperparameters, positions: Array
+    ) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, (tokens, heads, elements) each, the former two turned."""
+        normed: dict[str, Any] = {"norm": layer.attention_norm, "norm_eps": shape.eps}
+        parts = [self._project(x, one, **normed) for one in layer.qkv]
+        y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        turned = (shape.heads + shape.kv_heads) * shape.head_dim
+        qk = y[:, :turned].reshape(len(x), -1, shape.head_dim)
+        v = y[:, turned:].reshape(len(x), shape.kv_heads, shape.value_dim)
+        q, k = qk[:, : shape.heads], qk[:, shape.heads :]
+        if layer.q_norm is not None:
+            q = self._norm(q, layer.q_norm)
+        if layer.k_norm is not None:
+            k = self._norm(k, layer.k_norm)
+        if layer.q_norm is not None or layer.k_norm is not None:
+            qk = np.concatenate([q, k], axis=1)
+        qk = kernelgen.rope(qk, positions[:, None], **self._turning)
+        return qk[:, : shape.heads], qk[:, shape.heads :], v
+
     def _feed_forward(self, layer: Layer, x: Array) -> Array:
         """x + down(silu(gate(norm(x))) * up(norm(x)))."""
-        h = self._norm(x, layer.ffn_norm)
+        normed: dict[str, Any] = {"norm": layer.ffn_norm, "norm_eps": self.shape.eps}
         gate, up = layer.gate, layer.up
         plain = gate.bias is None and up.bias is None
         if plain and gate.w.format is up.w.format:
             y = kernelgen.gated_matmul(
-                h, gate.w, up.w, "silu", target=self.target, precision=self.precision
+                x, gate.w, up.w, "silu", target=self.target, precision=self.precision, **normed
             )
         else:
-            other = self._project(h, up)
-            y = self._project(h, gate, activation="silu", epilogue=_times, operands=[other])
+            other = self._project(x, up, **normed)
+            y = self._project(
+                x, gate, activation="silu", epilogue=_times, operands=[other], **normed
+            )
         return self._add(x, y, layer.down)
 
     def _add(self, x: Array, y: Array, one: Projection) -> Array:
@@ -289,6 +311,17 @@ class Decoder:
             x, one.w, bias=one.bias, target=self.target, precision=self.precision, **fused
         )
         return found
+
+
+def _stacked(parts: list[Projection]) -> Projection:
+    """Projections of one input and format as one."""
+    if len(parts) == 1:
+        return parts[0]
+    w = Stacked(*(one.w for one in parts))
+    if all(one.bias is None for one in parts):
+        return Projection(w)
+    given = [np.zeros(one.w.shape[0]) if one.bias is None else one.bias for one in parts]
+    return Projection(w, np.concatenate(given, dtype=np.float32))
 
 
 def _times(y: Any, other: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import made_model
 from kernelgen import models
 from kernelgen.api import runtime_of
 from kernelgen.errors import KernelgenError, ShapeError
@@ -65,6 +66,31 @@ def test_so_on_other_targets(target: str, tmp_path: Path) -> None:
     if (reason := runtime_of(target).available()) is not None:
         pytest.skip(reason)
     check_tenants(target, tmp_path, 3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["q4_K", "f16"])
+def test_sixteen_on_the_cpu_get_what_each_gets_alone(layout: str, tmp_path: Path) -> None:
+    path = made_model.write(
+        tmp_path / "made.gguf", layout, layers=2, width=256, hidden=512, heads=4, kv_heads=2,
+        tokens=made_model.vocabulary(512), context=64, sharpness=2.0, following=0.35,
+    )  # fmt: skip
+    model = models.open(path, "c")
+    prompts = [[int(one) for one in RNG.integers(3, 512, 1 + n % 5)] for n in range(16)]
+    alone = [list(models.Generation(model, prompt, 8)) for prompt in prompts]
+    server = models.Server(model, 16, capacity=32)
+    requests = [server.submit(prompt, 8) for prompt in prompts]
+    server.run()
+    assert [one.tokens for one in requests] == alone
+    # one step of all is, to the last bit, the step of each
+    one, all_ = model.sequences(1, capacity=8), model.sequences(16, capacity=8)
+    steps = []
+    for n, prompt in enumerate(prompts):
+        one.truncate()
+        for cache, sequence in ((one, 0), (all_, n)):
+            model.forward([(sequence, prompt)], cache)
+        steps.append(model.forward([(0, [5])], one)[0])
+    assert (model.forward([(n, [5]) for n in range(16)], all_) == np.array(steps)).all()
 
 
 def test_long_prompts_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,14 +303,18 @@ class CRuntime:
         program = self.program(kernel)
         names = [a.name for a in kernel.arguments if a.role == "in" and a.name not in ("x", "w")]
         gated = any(a.name == NY for a in kernel.arguments)
+        function, prepare, scratch_bytes = program.function, self.prepare, None
+        if _has_scratch(kernel):
+            program.size("scratch", 1, kernel.format.block)  # sets the types of what follows
+            scratch_bytes = getattr(program.library, f"{kernel.entry}_scratch")
 
         def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
             (m, k), n = x.shape, w.shape[0]
-            arrays = [x, self.prepare(kernel, w), y]
-            if _has_scratch(kernel):
-                arrays.append(np.empty(program.size("scratch", m, k), np.uint8))
+            arrays = [x, prepare(kernel, w), y]
+            if scratch_bytes is not None:
+                arrays.append(np.empty(scratch_bytes(m, k), np.uint8))
             arrays += [operands[name] for name in names]
-            program.function(*map(_address, arrays), m, n, k, *([y.shape[1]] if gated else []))
+            function(*map(_address, arrays), m, n, k, *([y.shape[1]] if gated else []))
 
         return run
 
