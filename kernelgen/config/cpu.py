@@ -15,13 +15,13 @@ class RowTileConfig(Config):
     columns   activations rows (columns of the product's transpose) that share one decoded word
     layout    "interleaved": weights repacked once with `prepare`; "native": repacked tile by tile
               inside the kernel
-    prefetch  blocks ahead of the one that is multiplied that are asked for from memory; 0: none,
-              the machine sees for itself
+    prefetch  bytes ahead of what is multiplied that are asked for from memory; 0: none, the machine
+              sees for itself
     share     tiles that a thread takes at a time when it is free; 0: all threads have as many
     """
 
     columns: int = choice(4, 1, 2, 3, 4, 5, 6, 8, 10, 12)
-    prefetch: int = choice(0, 0, 1, 2, 4)
+    prefetch: int = choice(4096, 0, 1024, 2048, 4096, 8192)
     share: int = choice(0, 0, 1, 4)
     layout: str = choice("interleaved", "interleaved", "native")
 

@@ -65,6 +65,19 @@ class SplitScale:
 
 
 @dataclass(frozen=True)
+class SplitOffset:
+    """An offset that is a float of the block times a group integer in unsigned bytes, so that
+    products of integers and sums of activations can be summed over a whole block.
+
+    factor   f32 of the block
+    name     of the group integers, which are packed
+    """
+
+    factor: Expr
+    name: str
+
+
+@dataclass(frozen=True)
 class Steps:
     """The expressions of one format.
 
@@ -78,6 +91,10 @@ class Steps:
     values     f32, in `i`: the element itself, where elements are floats
     words      words in a group
     split      the scale as a float of the block and an integer of the group; None where it is not
+    bias       what is to be subtracted from the codes: `offset` has it, too
+    pure_offset  f32, in `g`: what is added where the bias was subtracted; None where it is 0
+    mins       `pure_offset` as a float of the block and an integer of the group; None where it is
+               not
     scalar_because  reasons for which something was decoded lane by lane; empty: all packed
     """
 
@@ -92,11 +109,19 @@ class Steps:
     values: Expr | None
     scalar_because: tuple[str, ...]
     split: SplitScale | None = None
+    bias: int = 0
+    pure_offset: Expr | None = None
+    mins: SplitOffset | None = None
 
     @property
     def words(self) -> int:
         """WordTable in a group."""
         return self.fmt.group // LANES
+
+    @property
+    def reach(self) -> int:
+        """Largest absolute code after the bias was subtracted."""
+        return max(abs(self.code_max - self.bias), self.bias + self.code_max * self.signed)
 
 
 def group_var(fmt: BlockFormat) -> Expr:
@@ -123,8 +148,9 @@ def steps(fmt: BlockFormat) -> Steps:
     ints = tuple(one for one in packed if one.scalar_because is None)
     scale = None if fmt.scale is None else fmt.scale_expr(g)
     offset = fmt.total_offset_expr(g, word.bias)
+    pure = None if fmt.offset is None else fmt.offset_expr(g)
     by_name = {i.name for i in ints}
-    lowered = [None if e is None else _lower_group(e, by_name) for e in (scale, offset)]
+    lowered = [None if e is None else _lower_group(e, by_name) for e in (scale, offset, pure)]
     used = [e for e in (codes, *lowered, *(w for i in ints for w in i.words)) if e is not None]
     fields = {f.name: f for e in used for f in loads(e)}
     reasons = [word.scalar_because]
@@ -140,6 +166,9 @@ def steps(fmt: BlockFormat) -> Steps:
         values=None,
         scalar_because=tuple(r for r in reasons if r),
         split=_split_scale(fmt, word, by_name),
+        bias=word.bias,
+        pure_offset=lowered[2],
+        mins=None if pure is None else _split_offset(fmt, pure, by_name),
     )
 
 
@@ -160,6 +189,22 @@ def _split_scale(fmt: BlockFormat, word: CodeWord, packed: set[str]) -> SplitSca
                 _lower_group(factor, packed), _lower_group(integer, packed), word.bias,
                 min(ends), max(ends), None if offset is None else _lower_group(offset, packed),
             )  # fmt: skip
+    return None
+
+
+def _split_offset(fmt: BlockFormat, offset: Expr, packed: set[str]) -> SplitOffset | None:
+    """How an offset splits, if it is a product of two such numbers, or less than zero by one, and
+    sums over groups and blocks fit 16 and 32 bits."""
+    product = offset.args[0] if offset.op == "neg" else offset
+    if product.op != "*" or fmt.group * 127 >= 1 << 15 or fmt.block * 127 * 255 >= 1 << 31:
+        return None
+    g = group_var(fmt)
+    for factor, whole in (product.args, product.args[::-1]):
+        integer = whole.args[0] if whole.op == "cast" else whole
+        named = integer.op == "named" and integer.attr in packed and fits(integer.args[0], 0, 255)
+        if named and integer.args[1] is g and not any(node is g for node in walk(factor)):
+            signed = -factor if offset.op == "neg" else factor
+            return SplitOffset(_lower_group(signed, packed), integer.attr)
     return None
 
 

@@ -1,6 +1,6 @@
 // Calls one kernel: driver INPUT OUTPUT.
 //
-// ARGUMENTS, CALL and SIZES_RIGHT are defined above this text, the kernel follows below.  INPUT
+// ARGUMENTS, CALL, SIZES_RIGHT and SCRATCH_BYTES are defined above this text, the kernel follows below.  INPUT
 // has, for each argument, its role and its size as int64, and the bytes of what is read.  Results
 // go to OUTPUT one after the other.  Memory is allocated to the byte, so that a sanitizer sees
 // every step beyond it, and is poisoned: what is not written stays NaN.
@@ -32,7 +32,7 @@ int main(int count, char **words) {
         role[i] = head[0];
         size[i] = head[1];
         at[i] = NULL;
-        if (role[i] == SIZE) continue;
+        if (role[i] == SIZE || role[i] == SCRATCH) continue;
         at[i] = must(malloc(size[i] ? (size_t)size[i] : 1), "malloc");
 #if !defined(UNINITIALIZED)
         memset(at[i], 0xFF, (size_t)size[i]);
@@ -40,6 +40,14 @@ int main(int count, char **words) {
         if (role[i] == READ && size[i])
             must(fread(at[i], (size_t)size[i], 1, in) == 1 ? in : NULL, "reading an argument");
     }
+    for (int i = 0; i < ARGUMENTS; i++)  // as large as the kernel says, now that sizes are known
+        if (role[i] == SCRATCH) {
+            size[i] = SCRATCH_BYTES;
+            at[i] = must(malloc((size_t)size[i]), "malloc");
+#if !defined(UNINITIALIZED)
+            memset(at[i], 0xFF, (size_t)size[i]);
+#endif
+        }
     must(SIZES_RIGHT ? in : NULL, "the kernel wants another size: the check of sizes");
 #if defined(FLUSH_SUBNORMALS)
     _mm_setcsr(_mm_getcsr() | 0x8040);

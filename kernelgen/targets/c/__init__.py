@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig, TileMatmulConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, WordTable, const
+from kernelgen.ir.ranges import fits
 from kernelgen.ir.steps import Steps, steps
 from kernelgen.targets.base import Argument, Kernel, Target, Walk
 from kernelgen.targets.c import maps
@@ -30,40 +31,41 @@ _SYMBOLS = {
 
 #: what C and the templates call something; a format's field of that name gets an underscore
 _RESERVED = frozenset(
-    "ACT AHEAD B BLOCK BLOCKS BLOCK_BYTES BYTES CHUNK CHUNKS COLUMNS COUNT D DEEP DEPTH DV "
-    "FEW FOR FOR_FREE GROUP GROUPS H HK INFINITY INLINE K KEYS KEY_BYTES K_ROW_BYTES LANES "
+    "ACT AHEAD B BLOCK BLOCKS BLOCK_BYTES BYTES CENTER CHUNK CHUNKS COLUMNS COUNT D DEEP DEPTH "
+    "DV FEW FOR FOR_FREE GROUP GROUPS H HK INFINITY INLINE K KEYS KEY_BYTES K_ROW_BYTES LANES "
     "LANE_IDS LINE M N NEVER NULL PADDED PAGE PAGES PAIR PAIRS PARALLEL PARALLEL_FOR PARTS "
-    "PART_FLOATS QUERIES REST ROOM ROWS ROW_BYTES S SCALE SIGNED_BIAS SPAN SPLIT_KEYS STEP "
-    "STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T THREADS TILE TILE_BYTES TILE_DEPTH "
-    "TILE_FLOATS TILE_STRIDE TOGETHER UNIT UNROLL UNROLL_GROUPS VALUE_BYTES VECTORS "
-    "V_ROW_BYTES WEIGHT_BYTES WHOLE WIDE WIDTH WORDS X_BYTES a a_next abort above_seven abs "
-    "abs_f32 add_blocks add_packed add_values admitted all all_admitted arguments at at_each "
-    "auto b base batch before begin begun below beside bits_to_f32 blend_f32 blend_i32 "
-    "blend_u32 block blocks break c calloc case char chunk clear_sums code codes column "
-    "columns combine const continue cos count decode decode_keys decode_values default define "
-    "do dot dot_keys dot_signed dot_unsigned double each_row else ends entry enum erf exp "
-    "exp2_falling exp_f32 exp_falling extern f16_at f32_at f32_to_bits f32v fabsf factor "
-    "few_rows finish finish_row finite first float floats for free from g gather goto group "
-    "groups h half head head0 heads held held_of hi hk i i16_at i16v i32v ids if in_parts "
-    "in_parts_beside inline int int16_t int32_t int64_t int8_t integer interleave j j0 k k0 "
-    "k_from k_hi k_lo k_to key key_elements key_row keys kt l larger largest largest_lane "
-    "largest_of last left line line_of lo load_lanes load_u16 load_u32 log long lookup "
-    "lowest_seven m m0 magnitude malloc many_rows memcpy memset mine most multiply "
-    "multiply_codes multiply_keys multiply_values n n0 n_to nearest nearest_half negate_bytes "
-    "next none_admitted of of_batch offset out p pack pack_keys pack_row pack_values packed "
-    "pairs pairs_of_rows part part0 part1 partial parts place prefetch prepare products "
-    "ptrdiff_t put q q_hi q_lo quantize_block query_elements r register repacked restrict "
-    "return rintf rounded row row_bytes row_of rows rows_and_span rows_f16 rows_f32 rows_i16 "
-    "rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale score scratch short shrink "
-    "signed sin size_t sizeof some span_bytes spans splat_f32 splat_i32 splat_u32 split "
-    "splits spread spread1 sqrt states static steps store store_lanes store_sums stride "
-    "struct sum sum_of_lanes sums sums_of switch t tanh tanh_f32 tile tile_bytes "
-    "tile_dot_bf16 tile_dot_int8 tile_load tile_store tile_zero tiles tiles_allowed "
-    "tiles_begin tiles_end to to_f32 to_i32 together top tops tops_of total totals turn "
-    "typedef u u16_at u32_at u32v uint16_t uint32_t uint8_t uintptr_t union unit unseen "
+    "PART_FLOATS QUERIES REST ROOM ROWS ROW_BYTES S SCALE SEEDS SIGNED_BIAS SPAN SPLIT_KEYS "
+    "STEP STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T THREADS TILE TILE_BYTES TILE_DEPTH "
+    "TILE_FLOATS TILE_STRIDE TOGETHER UNIT UNROLL UNROLL_GROUPS VALUE_BYTES VECTORS V_ROW_BYTES "
+    "WEIGHED WEIGHED_STEPS WEIGHS WEIGHT_BYTES WHOLE WIDE WIDTH WORDS X_BYTES a a_next abort "
+    "above_seven abs abs_f32 activations add_blocks add_packed add_values admitted all "
+    "all_admitted arguments at at_each auto b base batch before begin begun below beside "
+    "bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break c calloc case char chunk "
+    "clear_sums code codes column columns combine const continue cos count decode decode_keys "
+    "decode_values default define describe do dot dot_keys dot_pairs dot_signed dot_unsigned "
+    "double each_row else ends entry enum erf even exp exp2_falling exp_f32 exp_falling extern "
+    "f16_at f32_at f32_to_bits f32v fabsf factor factor_of few_rows finish finish_row finite "
+    "first float floats for free from g gather goto group groups h half head head0 heads held "
+    "held_of hi hk i i16_at i16v i32v ids if in_parts in_parts_beside inline int int16_t "
+    "int32_t int64_t int8_t integer interleave j j0 k k0 k_from k_hi k_lo k_to key key_elements "
+    "key_row keys kt l larger largest largest_lane largest_of last least left line line_of lo "
+    "load_lanes load_u16 load_u32 log long lookup lowest_seven m m0 magnitude malloc many_rows "
+    "memcpy memset mine most multiply multiply_codes multiply_keys multiply_values n n0 n_to "
+    "nearest nearest_half negate_bytes next none_admitted odd of of_batch of_groups offset out "
+    "p pack pack_keys pack_row pack_values packed pairs pairs_of_rows part part0 part1 partial "
+    "partial_seed parts place prefetch prefetch_part prepare products ptrdiff_t put q q_hi q_lo "
+    "quantize_block query_elements r register repacked restrict return rintf rounded row "
+    "row_bytes row_of rows rows_and_span rows_f16 rows_f32 rows_i16 rows_i8 rows_together "
+    "rows_u16 rows_u32 rows_u8 s scale score scratch seeds short shrink signed sin size_t "
+    "sizeof some span_bytes spans splat_f32 splat_i32 splat_u32 split splits spread spread1 "
+    "sqrt states static steps store store_bytes store_lanes store_sums stride struct sum "
+    "sum_of_bytes sum_of_lanes sums sums_of sums_of_groups switch t tanh tanh_f32 tile "
+    "tile_bytes tile_dot_bf16 tile_dot_int8 tile_load tile_store tile_zero tiles tiles_allowed "
+    "tiles_begin tiles_end to to_f32 to_i32 to_nearest together top tops tops_of total totals "
+    "turn typedef u u16_at u32_at u32v uint16_t uint32_t uint8_t uintptr_t union unit unseen "
     "unsigned unsigned_to_f32 upper v value value_elements value_row values void volatile w "
-    "weigh weigh_rows weight weights while whole whole_bytes wide widen width words wt x x2 "
-    "xd xm xq xs y ym".split()
+    "weigh weigh_rows weight weights while whole whole_bytes wide widen width words wt x x2 xd "
+    "xm xq xs y ym".split()
 )
 
 
@@ -98,6 +100,14 @@ def _fills_tiles(fmt: BlockFormat) -> str | None:
     if largest * 127 * fmt.block >= 1 << 31:
         return f"sums over blocks of {fmt.block} may need more than 32 bits"
     return None
+
+
+def weighs_blocks(found: Steps) -> bool:
+    """Whether sums over a block of codes times group integers fit 32 bits, and integers 16."""
+    split = found.split
+    if split is None or not fits(split.integer, -(1 << 15), (1 << 15) - 1):
+        return False
+    return max(-split.lo, split.hi + 1) * 127 * found.fmt.block < 1 << 31
 
 
 def _matmul(op: str, precision: str, style: str = "") -> Walk:
@@ -261,7 +271,8 @@ TARGET = Target(
     globals={
         "c_types": _C_TYPES, "element_type": _element_type, "mentions": mentions,
         "parameters": _parameters, "parameters_of": _parameters_of, "scalar_f32": _scalar_f32,
-        "table": _table, "table_type": _table_type, **MAP_GLOBALS, **maps.GLOBALS,
+        "table": _table, "table_type": _table_type, "weighs_blocks": weighs_blocks,
+        **MAP_GLOBALS, **maps.GLOBALS,
     },
     reserved=_RESERVED | maps.RESERVED,
     # a process has to ask the system for tiles, which a library does only where a program wants it
