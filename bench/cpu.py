@@ -8,15 +8,16 @@ options may be given several times, and the fastest build counts); onnxruntime a
 with `pip install kernelgen[bench]`.  Whoever is absent is named, with the reason.
 
 Each rival is at its best: every way that it has is tried, the fastest for each M is timed, in turns
-with kernelgen.matmul and with reading the same bytes; who takes more than twice as long as the
-fastest in the trial is not timed further, except llama.cpp, ik_llama.cpp and numpy.  What rivals
-compute is checked against float64.  Each has a process of its own (bench/cpu_worker.py).
+with kernelgen.matmul and with reading the same bytes; who takes more than three times as long
+as the fastest in the trial is not timed further, except llama.cpp, ik_llama.cpp and numpy.  What
+rivals compute is checked against float64.  Each has a process of its own (bench/cpu_worker.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -53,7 +54,7 @@ ROWS = (1, 2, 4, 8, 128, 512)
 DISTINCT = 64
 
 #: who takes longer than so many times the fastest is known from the trial alone
-FAR_OFF = 2.0
+FAR_OFF = 3.0
 #: who is timed all the same: the rivals that ratios are quoted to
 ALWAYS = ("kernelgen", "read", "numpy float32", "llama.cpp", "llama.cpp unpacked", "ik_llama.cpp")
 
@@ -66,6 +67,7 @@ class Candidate:
 
     way     what that is called
     burst   its turn: seconds of calls
+    same    whether it multiplies the blocks of the format itself
     trial   seconds of a call in the trial
     error   see Problem.error; None where nothing is multiplied
     """
@@ -73,6 +75,7 @@ class Candidate:
     name: str
     way: str
     burst: Callable[[], list[float]]
+    same: bool
     trial: float
     error: float | None
 
@@ -134,7 +137,7 @@ class Bench:
 
     def _reading(self, reads: dict[str, Callable[[], int]]) -> Candidate:
         way = min(reads, key=lambda one: tried(reads[one]))
-        return Candidate("read", way, lambda: calls(reads[way], BURST, WARM), 0.0, None)
+        return Candidate("read", way, lambda: calls(reads[way], BURST, WARM), True, 0.0, None)
 
     def _found(self, fmt: BlockFormat, same: list[Worker], m: int) -> Iterator[Candidate]:
         """Everybody who multiplies this format or what stands for it."""
@@ -163,7 +166,8 @@ class Bench:
         if one is not None:
             way = one.way
             name = worker.rival.name + kind
-            yield Candidate(name, way, lambda: worker.burst(m, way), one.trial, one.error)
+            burst = functools.partial(worker.burst, m, way)
+            yield Candidate(name, way, burst, worker.rival.same, one.trial, one.error)
 
     def _record(
         self, fmt: BlockFormat, nbytes: int, m: int, one: Candidate, samples: Any,
@@ -171,7 +175,7 @@ class Bench:
     ) -> Record:  # fmt: skip
         return {
             "what": "time", "format": fmt.name, "bits": fmt.bits, "n": self.n, "k": self.k, "m": m,
-            "nbytes": nbytes, "name": one.name, "way": one.way,
+            "nbytes": nbytes, "name": one.name, "way": one.way, "same": one.same,
             "seconds": float(np.median(samples)), "least": min(samples), "calls": len(samples),
             "trial": trial, "error": one.error,
         }  # fmt: skip

@@ -165,4 +165,5 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         self._connection.close()
-        self._process.join(10)
+        self._process.terminate()
+        self._process.join()
