@@ -156,27 +156,28 @@ def _kernelgen(problem: Problem) -> Ways:
 
 @functools.cache
 def _library(folder: Path) -> Ggml:
-    try:
-        return Ggml(folder, threads())
-    except (GgmlError, OSError) as error:
-        raise AbsentError(str(error)) from error
+    return Ggml(folder, threads())
 
 
 def _ggml(name: str, folders: tuple[Path, ...], problem: Problem) -> Ways:
     if not folders:
         raise AbsentError(f"no build of {name} was given")
     ways: Ways = {}
+    problems = []
     for number, folder in enumerate(folders):
-        library = _library(folder)
-        if library.name != name:
-            raise AbsentError(f"{folder} is a build of {library.name}, not of {name}")
-        try:
-            made = products(library, problem.format, problem.w.data, problem.x)
-        except GgmlError as error:
-            raise AbsentError(str(error)) from error
         of_build = f", build {number + 1}" if number else ""
+        try:
+            library = _library(folder)
+            if library.name != name:
+                raise GgmlError(f"{folder} is a build of {library.name}, not of {name}")
+            made = products(library, problem.format, problem.w.data, problem.x)
+        except (GgmlError, OSError) as error:
+            problems.append(str(error))
+            continue
         for way, graphs in made.items():
             ways[way + of_build] = {m: _of_graph(graph, m) for m, graph in graphs.items()}
+    if not ways:
+        raise AbsentError("; ".join(problems))
     return ways
 
 
