@@ -88,29 +88,42 @@ def text(records: list[Record]) -> str:
         elif r["what"] == "absent":
             lines += [f"{r['name']}, {r['n']} x {r['k']}: not measured, {r['why']}", ""]
     for n, k in sorted({(n, k) for _, n, k in times.seconds}):
-        lines += [f"{n} x {k}", "", *_table(times, n, k), ""]
+        lines += [f"{n} x {k}", "", *_own(times, n, k), ""]
+        lines += [
+            "How many times as long the best that multiplies the same blocks takes, and the best of"
+            " all where that is another", "", *_beside(times, n, k), "",
+        ]  # fmt: skip
     lines += ["Geometric means of how many times as long others take", "", *_means(times), ""]
     lines += ["What was asked", ""]
     lines += [f"- {one.said}: {one.seen}. {one.verdict}" for one in asked(times)]
     return "\n".join(lines)
 
 
-def _table(times: Times, n: int, k: int) -> Iterator[str]:
-    """A line for each format: kernelgen's milliseconds, and the best rivals."""
-    head = [f"M={m}, ms | of the same | of all" for m in times.ms]
-    yield f"| format | M=1, GB/s | of reading | {' | '.join(head)} |"
-    yield "|---" * (3 + 3 * len(head)) + "|"
+def _own(times: Times, n: int, k: int) -> Iterator[str]:
+    """A line for each format: kernelgen's milliseconds, and what it reads at M=1."""
+    yield f"| format | M=1, GB/s | of reading | {' | '.join(f'M={m}, ms' for m in times.ms)} |"
+    yield "|---" * (3 + len(times.ms)) + "|"
+    nbytes = {(r["format"], r["n"], r["k"]): r["nbytes"] for r in times.records}
     for case in times.seconds:
-        if case[1:] != (n, k):
-            continue
-        nbytes = next(r["nbytes"] for r in times.records if r["format"] == case[0] and r["n"] == n)
-        cells = [case[0], _number(nbytes / times.mine(case, 1) / 1e9), f"{times.reading(case):.2f}"]
-        for m in times.ms:
-            mine = times.mine(case, m)
-            best = [times.fastest(case, m, same) for same in (True, False)]
-            cells.append(_number(1e3 * mine))
-            cells += [f"{seconds / mine:.2f}x {name}" if name else "" for name, seconds in best]
-        yield f"| {' | '.join(cells)} |"
+        if case[1:] == (n, k):
+            speed = nbytes[case] / times.mine(case, 1) / 1e9
+            cells = [case[0], _number(speed), f"{times.reading(case):.2f}"]
+            cells += [_number(1e3 * times.mine(case, m)) for m in times.ms]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _beside(times: Times, n: int, k: int) -> Iterator[str]:
+    """A line for each format: how many times as long the best rivals take."""
+    yield f"| format | {' | '.join(f'M={m}' for m in times.ms)} |"
+    yield "|---" * (1 + len(times.ms)) + "|"
+    for case in times.seconds:
+        if case[1:] == (n, k):
+            cells = [case[0]]
+            for m in times.ms:
+                both = dict.fromkeys(times.fastest(case, m, same) for same in (True, False))
+                mine = times.mine(case, m)
+                cells.append(", ".join(f"{one[1] / mine:.2f} {one[0]}" for one in both if one[0]))
+            yield f"| {' | '.join(cells)} |"
 
 
 def _means(times: Times) -> Iterator[str]:

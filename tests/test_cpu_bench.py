@@ -182,7 +182,8 @@ def test_the_table_and_the_figure(tmp_path: Path) -> None:
     shown = cpu_report.text(
         [*RECORDS, {"what": "absent", "name": "ik", "why": "no", "n": 1, "k": 2}]
     )
-    assert "| q4_K | 9e-06 | 0.90 | 1000 | 2.00x llama.cpp | 1.10x other |" in shown
+    assert "| q4_K | 9e-06 | 0.90 | 1000 | 1200 | 2000 | 10000 |" in shown
+    assert "| q4_K | 2.00 llama.cpp, 1.10 other |  | 4.50 llama.cpp unpacked |" in shown
     assert "ik, 1 x 2: not measured, no" in shown
     assert "| numpy float32 |  |  |  | 2.40 |" in shown
     pytest.importorskip("matplotlib")
