@@ -246,6 +246,7 @@ def draw(records: list[Record], path: Path) -> None:
             )  # fmt: skip
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(f"M={m}", fontsize=10)
         axis.set_xticks(range(len(formats)), formats, rotation=60)
         axis.grid(axis="y", linewidth=0.3)
