@@ -78,6 +78,14 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
+_Log = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+
+
+@_Log
+def _silent(level: int, text: bytes, data: int) -> None:
+    """ggml tells of every tensor that it repacks."""
+
+
 class Tensor:
     """A tensor of ggml with memory of its own.
 
@@ -161,6 +169,9 @@ class Ggml:
         for name, signature in (_SIGNATURES | (_REPACKING if self.is_ik else _REGISTRY)).items():
             self.declare(name, *signature)
         self.declare("ggml_init", _P, [_InitParams])
+        if self._has("ggml_log_set"):
+            self.declare("ggml_log_set", None, [_Log, _P])
+            self.call("ggml_log_set", _silent, None)
         self.context(1)  # the first makes ggml's tables; small, and lives as long as the library
         self.backend: int = self.call("ggml_backend_cpu_init")
         self.call("ggml_backend_cpu_set_n_threads", self.backend, threads)

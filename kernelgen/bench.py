@@ -51,26 +51,45 @@ def compare(
     *,
     burst: float = 0.02,
     pause: float = 0.25,
+    warm: float = 0.0,
 ) -> dict[str, Timing]:
     """Time functions in turns, so that what disturbs the machine disturbs all of them alike.
 
     repeats  turns; every other one goes through the functions backwards
-    burst    seconds for which a function is called in its turn, at least once; before that comes a
-             call that is not timed
+    burst    seconds for which a function is called in its turn, at least once
+    warm     seconds for which it is called before that without counting, at least once: where
+             calls are short, the first 10 ms of them are slower, as clocks rise and caches fill
     pause    seconds before a function's turn.  Threads that have nothing to do spin before they
              sleep, those of OpenMP for 0.2 s, and would take cores from the next function: on two
              cores, in turns without a pause, numpy's matmul was five times slower than alone
     """
     for function in functions.values():
         function()  # compiles, allocates
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+
+    def timed(function: Callable[[], object]) -> Callable[[], list[float]]:
+        return lambda: calls(function, burst, warm)
+
+    return in_turns({name: timed(one) for name, one in functions.items()}, repeats, pause)
+
+
+def in_turns(
+    bursts: Mapping[str, Callable[[], list[float]]], repeats: int, pause: float
+) -> dict[str, Timing]:
+    """`compare` of functions that time themselves, in processes of their own for example: each
+    gives the seconds of the calls of its turn."""
+    samples: dict[str, list[float]] = {name: [] for name in bursts}
     for turn in range(repeats):
-        order = list(functions.items())
-        for name, function in order if turn % 2 == 0 else reversed(order):
+        order = list(bursts.items())
+        for name, burst in order if turn % 2 == 0 else reversed(order):
             time.sleep(pause)
-            function()
-            samples[name] += _burst(function, burst)
+            samples[name] += burst()
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}
+
+
+def calls(function: Callable[[], object], burst: float, warm: float) -> list[float]:
+    """Seconds of single calls, one after the other: see `compare`."""
+    _burst(function, warm)
+    return _burst(function, burst)
 
 
 def _burst(function: Callable[[], object], seconds: float) -> list[float]:
