@@ -39,19 +39,12 @@ class Sampler:
 
     def probabilities(self, logits: Array) -> Array:
         """What each token is picked with, float64 (vocabulary,), from logits of that shape."""
-        x = np.asarray(logits, np.float64)
-        if x.ndim != 1 or not x.size or not np.isfinite(x.max()):
-            raise KernelgenError(
-                f"logits of shape {x.shape} that are not all numbers cannot be sampled; the"
-                " model's weights, or its cache, are damaged"
-            )
+        x = np.asarray(_checked(logits), np.float64)
         found = np.zeros_like(x)
         if self.temperature == 0:
             found[x.argmax()] = 1.0
             return found
-        order = np.argsort(-x, kind="stable")
-        if self.top_k:
-            order = order[: self.top_k]
+        order = _largest(x, self.top_k or x.size)
         if self.top_p < 1:
             reached = np.cumsum(_softmax(x[order]))
             order = order[: int(np.searchsorted(reached, self.top_p)) + 1]
@@ -60,12 +53,32 @@ class Sampler:
 
     def __call__(self, logits: Array) -> int:
         """The next token."""
-        found = self.probabilities(logits)
         if self.temperature == 0:
-            return int(found.argmax())
+            return int(_checked(logits).argmax())
+        found = self.probabilities(logits)
         # the first whose share of the sum is above a random number; rounding may leave out the last
         at = np.searchsorted(np.cumsum(found), self._random.random() * found.sum(), side="right")
         return int(min(at, np.flatnonzero(found)[-1]))
+
+
+def _checked(logits: Array) -> Array:
+    x = np.asarray(logits)
+    if x.ndim != 1 or not x.size or not np.isfinite(x.max()):
+        raise KernelgenError(
+            f"logits of shape {x.shape} that are not all numbers cannot be sampled; the"
+            " model's weights, or its cache, are damaged"
+        )
+    return x
+
+
+def _largest(x: Array, count: int) -> Array:
+    """The places of the largest numbers, from the largest down; of equal ones the first come first.
+    All are not sorted for a few of them."""
+    places = np.arange(x.size)
+    if count < x.size:
+        places = np.flatnonzero(x >= np.partition(x, -count)[-count])
+    found: Array = places[np.argsort(-x[places], kind="stable")][:count]
+    return found
 
 
 def _softmax(x: Array) -> Array:

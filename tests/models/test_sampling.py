@@ -58,3 +58,11 @@ def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
 def test_logits_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(KernelgenError, match="damaged"):
         Sampler()(np.array([0, np.nan], np.float32))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 50])
+def test_of_equal_logits_the_first_take_part(count: int) -> None:
+    logits = np.array([1.0, 3.0, 2.0, 3.0, 2.0, 2.0], np.float32)
+    found = Sampler(1.0, top_k=count).probabilities(logits)
+    wanted = np.argsort(-logits, kind="stable")[:count]
+    assert set(np.flatnonzero(found)) == set(wanted.tolist())

@@ -25,20 +25,25 @@ def greedy(path: Path, target: str, precision: str, cache: str, count: int) -> l
     return list(models.Generation(model, PROMPT, count, cache=kept))
 
 
-#: formats of weights and of the cache, and the precision of products
-KINDS = [("f16", "f16", "fp32"), ("q8_0", "q8_0", "fp32"), ("q4_0", "f16", "int8")]
+#: formats of weights and of the cache, and the precision of products.  Activations of 8 bits are
+#: rounded alike only where a language divides exactly, which WGSL does not promise.
+KINDS = [
+    ("f16", "f16", "fp32", ("c", "opencl", "wgsl")),
+    ("q8_0", "q8_0", "fp32", ("c", "opencl", "wgsl")),
+    ("q4_0", "f16", "int8", ("c", "opencl")),
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets_give_the_same_tokens_over_many_steps(
-    kind: tuple[str, str, str], tmp_path: Path
+    kind: tuple[str, str, str, tuple[str, ...]], tmp_path: Path
 ) -> None:
-    weights, cache, precision = kind
+    weights, cache, precision, names = kind
     path = tiny.write(tmp_path / "model.gguf", fmt=weights)
     wanted = greedy(path, "numpy", precision, cache, STEPS)
     assert len(set(wanted)) > 8  # not one token for ever
     ran = 0
-    for target in ("c", "opencl", "wgsl"):
+    for target in names:
         if runtime_of(target).available() is None:
             assert greedy(path, target, precision, cache, STEPS) == wanted, target
             ran += 1
