@@ -38,7 +38,7 @@ _RESERVED = frozenset(
     "STEP STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T THREADS TILE TILE_BYTES TILE_DEPTH "
     "TILE_FLOATS TILE_STRIDE TOGETHER UNIT UNROLL UNROLL_GROUPS VALUE_BYTES VECTORS V_ROW_BYTES "
     "WEIGHED WEIGHED_STEPS WEIGHS WEIGHT_BYTES WHOLE WIDE WIDTH WORDS X_BYTES a a_next abort "
-    "above_seven abs abs_f32 activations add_blocks add_packed add_values admitted all "
+    "above_seven abs abs_f32 activations add_blocks add_packed add_values add_weighed admitted all "
     "all_admitted arguments at at_each auto b base batch before begin begun below beside "
     "bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break c calloc case char chunk "
     "clear_sums code codes column columns combine const continue cos count decode decode_keys "

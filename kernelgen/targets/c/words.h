@@ -218,7 +218,7 @@ INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
      : DIVIDES(3, most, reach, words)   ? 3              \
      : DIVIDES(2, most, reach, words)   ? 2 : 1)
 #define STEPS(reach, words) STEPS_WITHIN(PARTIAL_MAX, reach, words)
-// Whether partial sums had better be weighed with integers (`weigh`) than become floats of groups:
+// Whether partial sums had better be weighed with integers (`add_weighed`) than become floats of groups:
 // they must fit what is weighed, and not be too many.
 #define WEIGHED_STEPS(reach, words) STEPS_WITHIN(WEIGHED_MAX, reach, words)
 #define WEIGHS(reach, words)                        \

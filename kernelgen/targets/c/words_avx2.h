@@ -53,7 +53,7 @@ INLINE i32v widen(partial sum) { return sum; }
 // A sum of 32 bits is one of 16 and what is left of its sign, which meets zero.
 #define WEIGHED_MOST 2
 INLINE i32v factor_of(i32v x) { return x & 0xFFFF; }
-INLINE i32v weigh(i32v total, partial sum, i32v factor) {
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) {
     return (i32v)_mm256_dpwssd_avx_epi32((__m256i)total, (__m256i)sum, (__m256i)factor);
 }
 INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {
@@ -75,7 +75,7 @@ INLINE i32v widen(partial sum) {
 
 #define WEIGHED_MOST 65536  // it costs as much as to widen
 INLINE i32v factor_of(i32v x) { return (x & 0xFFFF) | x << 16; }
-INLINE i32v weigh(i32v total, partial sum, i32v factor) {
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) {
     return total + (i32v)_mm256_madd_epi16((__m256i)sum, (__m256i)factor);
 }
 INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {

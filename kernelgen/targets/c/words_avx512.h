@@ -79,7 +79,7 @@ INLINE i32v dot_words(i32v sum, u32v a, u32v b) {
 // A sum of 32 bits is one of 16 and what is left of its sign, which meets zero.
 #define WEIGHED_MOST 2
 INLINE i32v factor_of(i32v x) { return x & 0xFFFF; }
-INLINE i32v weigh(i32v total, partial sum, i32v factor) {
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) {
     return dot_words(total, (u32v)sum, (u32v)factor);
 }
 INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {
@@ -108,7 +108,7 @@ INLINE i32v widen(partial sum) {
 
 #define WEIGHED_MOST 65536  // it costs as much as to widen
 INLINE i32v factor_of(i32v x) { return (x & 0xFFFF) | x << 16; }
-INLINE i32v weigh(i32v total, partial sum, i32v factor) {
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) {
     return total + (i32v)_mm512_madd_epi16((__m512i)sum, (__m512i)factor);
 }
 INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {

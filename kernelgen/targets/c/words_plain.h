@@ -65,7 +65,7 @@ INLINE partial dot_unsigned(partial sum, u32v codes, int32_t x) {
 INLINE i32v widen(partial sum) { return sum; }
 
 INLINE i32v factor_of(i32v x) { return x; }
-INLINE i32v weigh(i32v total, partial sum, i32v factor) { return total + sum * factor; }
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) { return total + sum * factor; }
 INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {
     const i32v low = (i32v)(pairs << 16) >> 16, high = (i32v)pairs >> 16;
     return sum + low * (int16_t)x + high * (x >> 16);
