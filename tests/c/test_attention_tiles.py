@@ -308,8 +308,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before * 1024 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_memory_does_not_grow_with_scores(precision: str) -> None:
-    """Of 8 heads of 8192 x 8192 scores, 2 GiB, nothing is kept: scratch is per thread, and one
-    head's K and V, 2 MiB for each part of a number."""
+    """Of 8 heads of 8192 x 8192 scores, 2 GiB, nothing is kept: scratch is per thread, and some
+    heads' K and V, 2 MiB for each part of a number of a head."""
     machine("amx")
     text = MEMORY.replace("{t}", "8192").replace("{precision}", precision)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
