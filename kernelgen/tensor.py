@@ -269,7 +269,7 @@ def quantize(
     progress    called with (rows done, all rows) now and then
     threads     threads to use; one per CPU by default
     scale       "best": scales of least error; "ocp": those of OCP Microscaling Formats v1.0, for
-                mxfp4, mxfp6 and mxfp8 whose bits have to be those of others
+                formats that share a power of two, whose bits have to be those of others
 
     Raises FormatError where K is not a multiple of the format's block or the format has no such
     scales, ShapeError where x or importance is empty, not of floats, or not finite (see

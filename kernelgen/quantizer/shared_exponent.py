@@ -34,7 +34,7 @@ def check(fmt: BlockFormat, plan: Plan) -> None:
     ):  # fmt: skip
         raise FormatError(
             f"the OCP rule for scales was asked for in {fmt.name}, whose groups do not share just a"
-            " power of two; it serves mxfp4, mxfp6 and mxfp8, for others leave out scale"
+            " power of two, as those of OCP MX do; leave out scale"
         )
 
 
