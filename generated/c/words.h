@@ -71,6 +71,12 @@
 INLINE void prefetch(const uint8_t *from, ptrdiff_t bytes) {
     for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
+// The same for one of `parts` equal parts of `bytes`, of which each line belongs to one.
+INLINE void prefetch_part(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
+    const ptrdiff_t begin = (bytes * part / parts + 63) / 64, end = (bytes * (part + 1) / parts + 63) / 64;
+    UNROLL
+    for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i);
+}
 
 // ---- one element ----------------------------------------------------------------------------
 
@@ -186,8 +192,10 @@ INLINE u32v spread(u32v x, int bits) {
 // The bytes of x, at most 127 and not 0, negated where those of `bits` are 1 and not 0: ~x + 1, which
 // leaves no byte.
 INLINE u32v negate_bytes(u32v x, u32v bits) { return (x ^ bits * 255u) + bits; }
+#if LANES < 16
 // The same for single bits: the product puts copies of the four at distances of 7.
 INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
+#endif
 
 #if LANES == 16
 #include "words_avx512.h"
@@ -199,15 +207,39 @@ INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 #include "words_plain.h"
 #endif
 
-// How many words a partial sum takes before it may overflow, for codes up to code_max against
-// activations up to 127: all `words` of a group, or a number that divides them.
-#define MOST_STEPS(code_max) (PARTIAL_MAX / (PARTIAL_PRODUCTS * 127 * (code_max)))
-#define DIVIDES(n, code_max, words) ((n) <= MOST_STEPS(code_max) && (words) % (n) == 0)
-#define STEPS(code_max, words)                     \
-    (DIVIDES(words, code_max, words) ? (words)     \
-     : DIVIDES(8, code_max, words)   ? 8           \
-     : DIVIDES(4, code_max, words)   ? 4           \
-     : DIVIDES(3, code_max, words)   ? 3           \
-     : DIVIDES(2, code_max, words)   ? 2 : 1)
+// How many words a partial sum takes before it may pass `most`, for codes that reach so far from
+// their bias against activations up to 127: all `words` of a group, or a number that divides them.
+#define MOST_STEPS(most, reach) ((most) / (PARTIAL_PRODUCTS * 127 * (reach)))
+#define DIVIDES(n, most, reach, words) ((n) <= MOST_STEPS(most, reach) && (words) % (n) == 0)
+#define STEPS_WITHIN(most, reach, words)                 \
+    (DIVIDES(words, most, reach, words) ? (words)        \
+     : DIVIDES(8, most, reach, words)   ? 8              \
+     : DIVIDES(4, most, reach, words)   ? 4              \
+     : DIVIDES(3, most, reach, words)   ? 3              \
+     : DIVIDES(2, most, reach, words)   ? 2 : 1)
+#define STEPS(reach, words) STEPS_WITHIN(PARTIAL_MAX, reach, words)
+// Whether partial sums had better be weighed with integers (`add_weighed`) than become floats of groups:
+// they must fit what is weighed, and not be too many.
+#define WEIGHED_STEPS(reach, words) STEPS_WITHIN(WEIGHED_MAX, reach, words)
+#define WEIGHS(reach, words)                        \
+    (MOST_STEPS(WEIGHED_MAX, reach) >= 1            \
+     && (words) <= WEIGHED_STEPS(reach, words) * WEIGHED_MOST)
+
+// What a partial sum begins with, where codes are `center` too large, for the activations of so
+// many words; `dot_unsigned` and `dot_signed` then give sums of codes less the center.
+INLINE int32_t sum_of_bytes(const int8_t *x, int count) {
+    int32_t sum = 0;
+    for (int i = 0; i < count; i++) sum += x[i];
+    return sum;
+}
+INLINE uint32_t partial_seed(const int8_t *x, int center, int words) {
+#if PARTIAL_PRODUCTS == 4
+    return (uint32_t)(-center * sum_of_bytes(x, 4 * words));
+#else
+    int32_t low = 0, high = 0;
+    for (int i = 0; i < 4 * words; i += 4) low += x[i] + x[i + 1], high += x[i + 2] + x[i + 3];
+    return ((uint32_t)(-center * low) & 0xFFFFu) | (uint32_t)(-center * high) << 16;
+#endif
+}
 
 #endif

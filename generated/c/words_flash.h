@@ -18,6 +18,11 @@
 INLINE f32v load_lanes(const float *p) { f32v x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store_lanes(float *p, f32v x) { memcpy(p, &x, sizeof x); }
 
+// Asks for memory that is written soon.
+INLINE void prefetch_written(const void *to, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t *)to + i, 1);
+}
+
 // ---- across lanes ---------------------------------------------------------------------------
 
 // Pairs of blocks of lanes, block by block: of a and b, each in `size` lanes, the even blocks of

@@ -26,10 +26,19 @@ INLINE u32v lookup(const void *table, u32v index) {
     return (u32v)vqtbl1q_s8(vld1q_s8((const int8_t *)table), (uint8x16_t)index);
 }
 
+// To the nearest integer, to even where two are as near.
+INLINE i32v to_nearest(f32v x) { return (i32v)vcvtnq_s32_f32((float32x4_t)x); }
+// The lowest byte of each lane.
+INLINE void store_bytes(int8_t *to, i32v x) {
+    for (int n = 0; n < LANES; n++) to[n] = (int8_t)x[n];
+}
+
 typedef i32v partial;
 #define PARTIAL_MAX 2147483647
 #define PARTIAL_PRODUCTS 4
-#define SIGNED_BIAS 0.0f
+#define SIGNED_BIAS 0
+#define WEIGHED_MAX PARTIAL_MAX
+#define WEIGHED_MOST 1
 
 INLINE partial dot_signed(partial sum, u32v codes, int32_t x) {
     const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(x));
@@ -46,3 +55,10 @@ INLINE partial dot_unsigned(partial sum, u32v codes, int32_t x) {
     return dot_signed(sum, codes, x);  // codes are at most 127
 }
 INLINE i32v widen(partial sum) { return sum; }
+
+INLINE i32v factor_of(i32v x) { return x; }
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) { return total + sum * factor; }
+INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {
+    const i32v low = (i32v)(pairs << 16) >> 16, high = (i32v)pairs >> 16;
+    return sum + low * (int16_t)x + high * (x >> 16);
+}

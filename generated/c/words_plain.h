@@ -34,10 +34,23 @@ INLINE u32v lookup(const void *table, u32v index) {
     return y;
 }
 
+// To the nearest integer, to even where two are as near.
+INLINE i32v to_nearest(f32v x) {
+    i32v y;
+    for (int n = 0; n < LANES; n++) y[n] = (int32_t)rintf(x[n]);
+    return y;
+}
+// The lowest byte of each lane.
+INLINE void store_bytes(int8_t *to, i32v x) {
+    for (int n = 0; n < LANES; n++) to[n] = (int8_t)x[n];
+}
+
 typedef i32v partial;
 #define PARTIAL_MAX 2147483647
 #define PARTIAL_PRODUCTS 4
-#define SIGNED_BIAS 0.0f
+#define SIGNED_BIAS 0
+#define WEIGHED_MAX PARTIAL_MAX
+#define WEIGHED_MOST 1
 
 INLINE partial dot_signed(partial sum, u32v codes, int32_t x) {
     for (int l = 0; l < 4; l++)
@@ -50,3 +63,10 @@ INLINE partial dot_unsigned(partial sum, u32v codes, int32_t x) {
     return sum;
 }
 INLINE i32v widen(partial sum) { return sum; }
+
+INLINE i32v factor_of(i32v x) { return x; }
+INLINE i32v add_weighed(i32v total, partial sum, i32v factor) { return total + sum * factor; }
+INLINE i32v dot_pairs(i32v sum, u32v pairs, int32_t x) {
+    const i32v low = (i32v)(pairs << 16) >> 16, high = (i32v)pairs >> 16;
+    return sum + low * (int16_t)x + high * (x >> 16);
+}
