@@ -193,11 +193,10 @@ def _case(
     if variant.operands:
         arrays["slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
     sinks = rng.standard_normal(heads).astype(np.float32) if variant.sinks else None
-    wanted = tuple(
-        ops.attention(kind, *(rounded(x, one) for x in (q, k.dequantize(), v.dequantize())),
-                      arrays, sinks)
-        for one in dict.fromkeys((precision, "fp32"))
-    )  # fmt: skip
+    wanted = []
+    for one in dict.fromkeys((precision, "fp32")):
+        seen_q, seen_k, seen_v = (rounded(x, one) for x in (q, k.dequantize(), v.dequantize()))
+        wanted.append(ops.attention(kind, seen_q, seen_k, seen_v, arrays, sinks))
     if sinks is not None:
         arrays["sinks"] = sinks
-    return q, k, v, arrays, wanted
+    return q, k, v, arrays, tuple(wanted)
