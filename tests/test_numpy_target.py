@@ -60,14 +60,14 @@ RUNTIME: Any = TARGET.runtime()
 AWKWARD = BlockFormat(
     name="awkward", block=32, group=8, nbytes=4 + 2 + 2 + 4 + 8 + 32,
     fields={
-        "np": "u32", "lambda": "f16", "scale": "u16", "i": "u8[4]", "x": "i16[4]", "None": "i8[32]",
+        "np": "u32", "dict": "f16", "scale": "u16", "i": "u8[4]", "x": "i16[4]", "len": "i8[32]",
     },
     ints={"blocks": lambda b, g: b.i[g] & 7, "scale_": lambda b, g: b.x[g] + b.scale},
     code=lambda b, i: (
-        (getattr(b, "None")[i] & 15) ^ cast(I32, ((b.np >> i) & 1) | (b.np >> 28))
+        (b.len[i] & 15) ^ cast(I32, ((b.np >> i) & 1) | (b.np >> 28))
     ),
-    scale=lambda b, g: getattr(b, "lambda") * b.blocks[g],
-    offset=lambda b, g: getattr(b, "lambda") * (b.scale_[g] + b.blocks[3 - g] + b.blocks[0]),
+    scale=lambda b, g: b.dict * b.blocks[g],
+    offset=lambda b, g: b.dict * (b.scale_[g] + b.blocks[3 - g] + b.blocks[0]),
     bias=-3,
     source='a "made up" one: """ \\N and\n' + "long " * 30,
 )  # fmt: skip
@@ -351,7 +351,7 @@ def test_source_says_what_the_format_is() -> None:
 
 def test_names_of_a_formats_author_do_not_hide_others() -> None:
     text = generate("matmul", AWKWARD, TARGET, precision="int8").source
-    for line in ("np_ = ", "lambda_ = ", "scale__ = ", "scale_ = ", "i_ = ", "None_ = ", "x = "):
+    for line in ("np_ = ", "dict_ = ", "scale__ = ", "scale_ = ", "i_ = ", "len_ = ", "x = "):
         assert f"\n    {line}" in text
     assert "scale u16" in text  # in prose it has its own name
 

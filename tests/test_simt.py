@@ -200,6 +200,6 @@ def test_words_of_fields_side_by_side(bits: int) -> None:
     # what lies above the four fields is left out, but for fields that fill the word
     above = 0 if bits == 8 else 0xFFFFFFFF << 4 * bits & 0xFFFFFFFF
     for given in (values, values | np.uint32(above)):
-        want = evaluate(spread(bits, var("x", 1 << 31, U32)), {"x": given})
+        want = evaluate(spread(bits, var("x", 1 << 32, U32)), {"x": given})
         seen = [eval(text, {"x": int(x)}) & 0xFFFFFFFF for x in given]
         assert seen == want.tolist()

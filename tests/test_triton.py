@@ -73,9 +73,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 AWKWARD = BlockFormat(
     name="awkward_names", block=48, group=24, nbytes=4 + 2 + 2 + 24 + 6 + 2,
     fields={
-        "tl": "u32", "np": "f16", "w": "u8[2]", "x": "u8[24]", "blocks": "u8[6]", "lambda": "i16",
+        "tl": "u32", "np": "f16", "w": "u8[2]", "x": "u8[24]", "blocks": "u8[6]", "range": "i16",
     },
-    ints={"first": lambda b, g: b.w[g] & 31, "row": lambda b, g: getattr(b, "lambda") >> (3 * g)},
+    ints={"first": lambda b, g: b.w[g] & 31, "row": lambda b, g: b.range >> (3 * g)},
     code=lambda b, i: (
         ((b.x[i % 24] >> (4 * (i // 24))) & 15) | (((b.blocks[i % 6] >> (i // 6)) & 1) << 4)
     ),

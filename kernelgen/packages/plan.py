@@ -92,7 +92,7 @@ def plan(
     return Plan(
         target, __version__, tuple(every), entries, rules, manifest_of(target, entries),
         _dispatch(target, rules), functools.partial(_defaults, target, formats, ops),
-        functools.partial(_render, target), binaries,
+        functools.partial(_render, target), functools.partial(_entry, target=whole), binaries,
         functools.partial(_unpackaged, whole, formats if "matmul" in ops else ()),
     )  # fmt: skip
 
@@ -127,6 +127,8 @@ def _unpackaged(
     asked_for = dict.fromkeys(("auto", *PRECISIONS))
     for fmt, asked in itertools.product(formats, asked_for):
         choices: list[Choice] = []
+        if asked == "int8" and fmt.float_codes:
+            continue
         for m, first in _MANY:
             walk = target.serve("matmul", fmt, asked, caps, m)
             if target.unpackaged.intersection(walk.features):

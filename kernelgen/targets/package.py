@@ -71,6 +71,7 @@ class Plan:
     manifest, dispatch   entries and rules, as JSON
     defaults  makes the kernels in their default configurations for other capabilities
     render    text of a template, from names and values; what is no template is taken as it is
+    describe  makes the entry of the manifest for any kernel
     binaries  architectures to compile for, by name; None: those that the target thinks of, where
               their compiler is here; empty: none
     unpackaged  kernels that a package has only for programs that ask for them, and their rules,
@@ -86,6 +87,7 @@ class Plan:
     dispatch: str
     defaults: Callable[[Capabilities], Sequence[Kernel]]
     render: Callable[..., str]
+    describe: Callable[[Kernel], Mapping[str, Any]]
     binaries: tuple[str, ...] | None = None
     unpackaged: Callable[[Capabilities], tuple[list[Kernel], list[Rule]]] = lambda caps: ([], [])
 

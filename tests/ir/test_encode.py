@@ -195,8 +195,8 @@ def test_made_up_formats(fmt: BlockFormat) -> None:
 
 def test_group_integers_of_more_than_eight_bits() -> None:
     fmt = made_up(
-        group=8, nbytes=20, fields={"qs": "u8[16]", "sc": "u16[2]"},
-        ints={"sc": lambda b, g: b.sc[g] & 0xFFF}, scale=lambda b, g: b.sc[g] * 1.0,
+        group=8, nbytes=20, fields={"qs": "u8[16]", "pair": "u16[2]"},
+        ints={"sc": lambda b, g: b.pair[g] & 0xFFF}, scale=lambda b, g: b.sc[g] * 1.0,
     )  # fmt: skip
     codes, ints = np.zeros((1, 16), np.int32), {"sc": np.array([[0x123, 0xFED]])}
     assert encode(fmt, codes, ints, {})[0, 16:].tolist() == [0x23, 0x01, 0xED, 0x0F]

@@ -248,7 +248,6 @@ def _manifest(
     import json
 
     found: dict[str, dict[str, Any]] = {}
-    entries = {e["entry"]: e for e in plan.entries}
     tuned = {k.entry: k for k in (*plan.kernels, *special)}
     for isa in ALL:
         mine = {stem(k): k for k in by_isa[isa.name]}
@@ -258,8 +257,7 @@ def _manifest(
             if kernel is None or path == "src/table.c":
                 continue
             one = found.setdefault(path, {
-                **entries.get(kernel.entry, {}), "file": path, "hash": kernel.hash,
-                "config": kernel.config.as_dict(), "isas": [],
+                **plan.describe(kernel), "file": path, "isas": [],
             })  # fmt: skip
             one["isas"].append(isa.name)
     data = {"target": TARGET.name, "kernels": list(found.values())}
