@@ -31,7 +31,7 @@ from tests.cuda_binaries import ARCHITECTURES, Binary, disassembler, serves, why
 from tests.made_up import THREE_BITS
 
 CUDA = targets.get("cuda")
-KNOWN = {fmt.name: fmt for fmt in (*formats.FORMATS, THREE_BITS)}
+KNOWN = {fmt.name: fmt for fmt in (*formats.FORMATS, THREE_BITS, formats.get("mxfp6_e2m3"))}
 EVERY = [pytest.param(fmt, marks=pytest.mark.slow, id=name) for name, fmt in KNOWN.items()]
 WALKS = {
     f"{one.op}_{one.name}" if one.name == "words" else one.name: one
@@ -41,7 +41,7 @@ WALKS = {
 
 #: for each walk formats that take different ways through it: with offsets and scales decoded once a
 #: slab (q4_K), groups of 16 and signed codes (q6_K), one group a block and odd addresses (q5_0),
-#: tables (iq4_nl), floats (f16)
+#: tables (iq4_nl), floats (f16), signed codes whose decode ends in an or (mxfp6_e2m3)
 SAMPLE = {
     "dequantize_words": ("three_bits", "f16"),
     "get_rows_words": ("q5_0", "iq1_m"),
@@ -49,10 +49,10 @@ SAMPLE = {
     "matmul_fp16_wgmma": ("three_bits", "q6_K"),
     "matmul_bf16_wgmma": ("iq4_nl",),
     "matmul_int8_mma": ("q4_K", "q6_K"),
-    "matmul_fp16_mma": ("three_bits", "q5_0"),
+    "matmul_fp16_mma": ("three_bits", "q5_0", "mxfp6_e2m3"),
     "matmul_bf16_mma": ("f16",),
     "matvec_int8_warp": ("three_bits", "q6_K", "iq2_xs"),
-    "matvec_fp16_half2": ("three_bits", "q4_K"),
+    "matvec_fp16_half2": ("three_bits", "q4_K", "mxfp6_e2m3"),
     "matvec_int8_mma": ("three_bits",),
     "matvec_fp16_mma": ("q4_K", "tq1_0"),
     "matvec_bf16_mma": ("q5_0",),
