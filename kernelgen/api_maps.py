@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import as_strided
 from kernelgen import api
 from kernelgen import targets as target_list
 from kernelgen.dispatch import once
-from kernelgen.errors import ShapeError, TargetError
+from kernelgen.errors import ShapeError
 from kernelgen.generate import generate_walk
 from kernelgen.ir.expr import BOOL, F32, U32, Expr
 from kernelgen.ir.ops import functions, maps
@@ -123,12 +123,7 @@ def outputs(
 def _runner(target: str, kind: Kind, rows: int, columns: int) -> Any:
     """The compiled kernel of a kind, ready to be called, in the configuration that the tuner's
     cache has for such arrays."""
-    runtime = api.runtime_of(target)
-    reason = runtime.available()
-    if reason is not None:
-        raise TargetError(
-            f"target {target} cannot run here: {reason}; `kernelgen devices` shows what can"
-        )
+    runtime = api.require(target)
     manifest = target_list.get(target)
     choice = lookup.choose_for(manifest, runtime, MapProblem(kind, rows, columns))
     return runtime.apply(generate_walk(choice.walk, kind, manifest, choice.config))
