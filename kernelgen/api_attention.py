@@ -23,7 +23,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, call, cast, const
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
-from kernelgen.problem import row_bucket
+from kernelgen.problem import power_of_two, row_bucket
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.device import DeviceRuntime
@@ -221,7 +221,7 @@ def _bucket(shape: tuple[int, ...], kv_heads: int) -> Shape:
     """(B, H, T, S) as kernels are told apart by it: a cache that grows has the same one for
     long."""
     b, h, t, s = shape
-    return b, h, kv_heads, row_bucket(t), max(64, 1 << (max(1, s) - 1).bit_length())
+    return b, h, kv_heads, row_bucket(t), max(64, power_of_two(s))
 
 
 def _there(*args: Any, **options: Any) -> Any:

@@ -24,6 +24,7 @@ from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Kind as Kind
 from kernelgen.ir.ops.rows import Rows
 from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
+from kernelgen.problem import power_of_two
 from kernelgen.tuner import lookup
 from kernelgen.tuner.problems import MapProblem
 
@@ -129,11 +130,6 @@ def _runner(target: str, kind: Kind, rows: int, columns: int) -> Any:
     return runtime.apply(generate_walk(choice.walk, kind, manifest, choice.config))
 
 
-def _bucket(size: int) -> int:
-    """Rows or columns as kernels are told apart by them."""
-    return 1 << (max(1, size) - 1).bit_length()
-
-
 def run(
     target: str | None,
     kind: Kind,
@@ -155,7 +151,8 @@ def run(
             f"an array whose first and last element lie {far} elements apart was given; fewer than"
             " 2^31 are allowed"
         )
-    run = _runner(target or api.default_target(), kind, _bucket(min(m, _PIECE)), _bucket(n))
+    bucket = power_of_two(min(m, _PIECE)), power_of_two(n)
+    run = _runner(target or api.default_target(), kind, *bucket)
     same, each = set(shared), {o.name for o in kind.outputs}
     flat = {
         name: a.reshape(m, n) if name in each else a.reshape(m, *([-1] * (a.size > m)))

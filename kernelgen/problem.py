@@ -31,9 +31,14 @@ def op_for(m: int) -> str:
     return "matvec" if m <= MATVEC_ROWS else "matmul"
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n; 1 for none."""
+    return 1 << (max(1, n) - 1).bit_length()
+
+
 def row_bucket(m: int) -> int:
     """Rows as problems are told apart: each of the first eight, then powers of two."""
-    return m if m <= MATVEC_ROWS else min(1 << (m - 1).bit_length(), _MOST_ROWS)
+    return m if m <= MATVEC_ROWS else min(power_of_two(m), _MOST_ROWS)
 
 
 def choose_precision(asked: str, fmt: BlockFormat) -> str:
