@@ -24,10 +24,6 @@ def _converter(fmt: BlockFormat) -> Convert:
     return converter(fmt)
 
 
-def _in_threads(fmt: BlockFormat) -> Convert:
-    return lambda x: quantizer.quantize(x, fmt)
-
-
 def round_to_nearest(
     x: Any, format: str | BlockFormat, *, target: str | None = None
 ) -> QuantTensor:
@@ -56,8 +52,8 @@ def blocks_of(x: Array, fmt: BlockFormat, target: str | None) -> Array:
     """The bytes (..., row_bytes) of contiguous float32 (..., K), as `round_to_nearest` has it."""
     shape = (*x.shape[:-1], fmt.row_bytes(x.shape[-1]))
     if fmt.float_codes and fmt.scale is None:
-        convert = _converter(fmt) if x.size <= quantizer.CHUNK else _in_threads(fmt)
-        return convert(x).reshape(shape)
+        few = x.size <= quantizer.CHUNK  # threads would take longer to start
+        return (_converter(fmt)(x) if few else quantizer.quantize(x, fmt)).reshape(shape)
     kind = nearest.by_rule(fmt)
     if not np.isfinite(x).all():
         raise ShapeError(
