@@ -35,7 +35,7 @@ def bare(w: kernelgen.QuantTensor, x: np.ndarray, y: np.ndarray) -> Callable[[],
     program, packed = runtime.program(kernel), runtime.prepare(kernel, w)
     given = [one.ctypes.data for one in (x, packed, y)]
     if any(a.role == "scratch" for a in kernel.arguments):
-        kept = np.empty(program.size("scratch", 1, K), np.uint8)
+        kept = np.empty(program.sizes("scratch")(1, K), np.uint8)
         given.append(kept.ctypes.data)
         return lambda: program.function(*given, 1, N, K) or kept
     return lambda: program.function(*given, 1, N, K)

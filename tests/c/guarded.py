@@ -85,7 +85,7 @@ class Caller:
 
     def size(self, kernel: Kernel, what: str, *sizes: int) -> int:
         """What a kernel says it needs."""
-        return self.runtime.program(kernel).size(what, *sizes)
+        return self.runtime.program(kernel).sizes(what)(*sizes)
 
 
 def shapes(fmt: BlockFormat, lanes: int) -> Iterator[tuple[int, int, int]]:

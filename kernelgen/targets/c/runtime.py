@@ -144,12 +144,13 @@ class CProgram:
         self.library = library
         self._entry = kernel.entry
 
-    def size(self, what: str, *sizes: int) -> int:
-        """What the function `<entry>_<what>` beside the entry point says of these sizes."""
+    def sizes(self, what: str) -> Callable[[int, int], int]:
+        """The function `<entry>_<what>` beside the entry point: bytes for two sizes."""
         function = getattr(self.library, f"{self._entry}_{what}")
         function.restype = ctypes.c_int64
-        function.argtypes = [ctypes.c_int64] * len(sizes)
-        return int(function(*sizes))
+        function.argtypes = [ctypes.c_int64] * 2
+        typed: Callable[[int, int], int] = function
+        return typed
 
     def __call__(self, *arguments: Array | int) -> None:
         """Arrays must be C-contiguous and of the manifest's dtypes."""
@@ -267,7 +268,7 @@ class CRuntime:
     def _interleave(self, kernel: Kernel, w: Weights) -> Array:
         n, k = w.shape
         program = self.program(kernel)
-        tiles = _aligned(program.size("bytes", n, k))
+        tiles = _aligned(program.sizes("bytes")(n, k))
         program(w.data, tiles, n, k)
         return tiles
 
@@ -286,8 +287,7 @@ class CRuntime:
 
             return run
 
-        program.size("scratch", 1, kernel.format.block)  # sets the types of what follows
-        scratch_bytes = getattr(program.library, f"{kernel.entry}_scratch")
+        scratch_bytes = program.sizes("scratch")
 
         def run_with_scratch(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
             (m, k), n = x.shape, w.shape[0]
@@ -303,10 +303,8 @@ class CRuntime:
         program = self.program(kernel)
         names = [a.name for a in kernel.arguments if a.role == "in" and a.name not in ("x", "w")]
         gated = any(a.name == NY for a in kernel.arguments)
-        function, prepare, scratch_bytes = program.function, self.prepare, None
-        if _has_scratch(kernel):
-            program.size("scratch", 1, kernel.format.block)  # sets the types of what follows
-            scratch_bytes = getattr(program.library, f"{kernel.entry}_scratch")
+        function, prepare = program.function, self.prepare
+        scratch_bytes = program.sizes("scratch") if _has_scratch(kernel) else None
 
         def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
             (m, k), n = x.shape, w.shape[0]
