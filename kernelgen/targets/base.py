@@ -469,7 +469,7 @@ class Target:
         device has; without a device (`caps`), those assumed here are preferred, but no condition.
         With `style`, the one of that name; with `rows`, those that are for more come last."""
         reasons = []
-        for_more: list[Walk] = []
+        for_more: Walk | None = None
         first = [] if caps else [w for w in self.walks if not self.capabilities.lacks(w.features)]
         for one in (*first, *self.walks):
             if one.op != op or (precision and one.precision and one.precision != precision):
@@ -478,13 +478,13 @@ class Target:
                 continue
             reason = one.accepts(subject) or (caps.lacks(one.features) if caps else None)
             if reason is None and rows is not None and one.least_rows > rows:
-                for_more.append(one)
+                for_more = for_more or one
             elif reason is None:
                 return one
             else:
                 reasons.append(reason)
-        if for_more:
-            return for_more[0]
+        if for_more is not None:
+            return for_more
         asked = f"{op} {subject.name}" + (f" in {precision}" if precision else "")
         why = "; ".join(reasons) or "it has no such walk"
         offers = sorted({w.op + (f" ({w.precision})" if w.precision else "") for w in self.walks})
