@@ -141,10 +141,11 @@ class Costs:
             for tensor in range(self.plan.tp):
                 rank = stage * self.plan.tp + tensor
                 one = self._share(self.plan.part(stage, tensor), rank)
-                if found and _but_ranks(found[-1]) == _but_ranks(one):
-                    one = _with_ranks(one, range(found[-1].ranks.start, rank + 1))
-                    found.pop()
-                found.append(one)
+                last = found[-1] if found else None
+                if last is not None and replace(last, ranks=one.ranks) == one:
+                    found[-1] = replace(one, ranks=range(last.ranks.start, rank + 1))
+                else:
+                    found.append(one)
             yield from found
 
     def _share(self, part: Part, rank: int) -> Share:
@@ -264,11 +265,3 @@ class Costs:
             seconds = (plan.pp - 1).bit_length() * link.send(logits)  # along a tree
             sent = tp * (plan.pp - 1) * logits
             yield Message("broadcast of logits", 1, logits, sent, where, seconds)
-
-
-def _but_ranks(one: Share) -> Share:
-    return _with_ranks(one, range(0))
-
-
-def _with_ranks(one: Share, ranks: range) -> Share:
-    return replace(one, ranks=ranks)
