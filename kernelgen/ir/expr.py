@@ -129,8 +129,7 @@ class WordTable(Table):
 
 Scalar = Union[int, float, "Expr"]
 
-#: binary operators on two operands of one type, by the sign Python gives them
-ARITHMETIC = ("+", "-", "*", "//", "%", "min", "max")
+#: operators by the sign that Python gives them
 BITWISE = ("&", "|", "^")
 SHIFTS = ("<<", ">>")
 COMPARISONS = ("<", "==")

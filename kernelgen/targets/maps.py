@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kernelgen.ir.expr import BOOL, F32, Expr, number, rebuild, transform
 from kernelgen.ir.ops.rows import Kind as Kind
-from kernelgen.ir.ops.rows import Reduction, Rows, per_row
+from kernelgen.ir.ops.rows import Reduction, Rows, per_row, result_arrays
 from kernelgen.ir.ops.rows import written as written
 from kernelgen.ir.ops.tensors import Output, brief, reads_of, strides_of
 from kernelgen.ir.ranges import interval
@@ -53,7 +53,7 @@ def arguments(
         Argument(
             o.name, role, dtype(stored_type(o)), ("ROWS",) if o.of == 1 else ("ROWS", str(o.of))
         )
-        for o in written(kind)[len(kind.outputs) :]
+        for o in result_arrays(kind)
     )
     sizes = (Argument(name, "size", size) for name in (*SIZES, *stride_names(kind)))
     return (*ins, *outs, *results, *sizes)

@@ -8,7 +8,7 @@ other numbers, both zeros alike; of places that hold the same, the first counts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,27 +115,25 @@ class Rows:
                 f"{len(self.reductions)} reductions and {len(self.outputs + self.results)} outputs"
                 " were given; a row reduction needs one of each at least"
             )
-        arrays = (*self.outputs, *(one for one in self.results if one.place == 0))
-        check_names(self.inputs, [*(o.name for o in arrays), *(r.name for r in self.reductions)])
+        check_names(self.inputs, [one.name for one in (*written(self), *self.reductions)])
         if "col" in reads_of(o.value for o in self.results):
             raise ShapeError("a result of a whole row was made of single elements; reduce them")
 
     @property
     def name(self) -> str:
         """What it is called in names of kernels and files."""
-        written = (*self.outputs, *self.results)
-        kinds = (*(i.dtype for i in self.inputs), *(o.dtype for o in written))
+        stored = (*self.outputs, *self.results)
+        kinds = (*(i.dtype for i in self.inputs), *(o.dtype for o in stored))
         types = "_".join(dict.fromkeys(kinds))
         parts: list[object] = [(i.name, i.dtype, i.strides) for i in self.inputs]
         parts += [x for r in self.reductions for x in (r.name, r.kind, r.value)]
-        parts += [x for o in written for x in (o.name, o.dtype, o.value, o.place)]
+        parts += [x for o in stored for x in (o.name, o.dtype, o.value, o.place)]
         return f"{self.label}_{types}_{digest(len(self.outputs), *parts)}"
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that its author chose, of arrays."""
-        written = (*self.outputs, *self.results)
-        return tuple(dict.fromkeys((*(i.name for i in self.inputs), *(o.name for o in written))))
+        return tuple(dict.fromkeys(one.name for one in (*self.inputs, *written(self))))
 
     @property
     def passes(self) -> tuple[tuple[Reduction, ...], ...]:
@@ -158,9 +156,14 @@ def per_row(kind: Kind) -> tuple[Output, ...]:
     return kind.results if isinstance(kind, Rows) else ()
 
 
+def result_arrays(kind: Kind) -> tuple[Output, ...]:
+    """Arrays that are written for each row: of results that share one, the first."""
+    return tuple(one for one in per_row(kind) if one.place == 0)
+
+
 def written(kind: Kind) -> tuple[Output, ...]:
-    """Arrays that are written: of results of a row that share one, the first."""
-    return (*kind.outputs, *(one for one in per_row(kind) if one.place == 0))
+    """Arrays that are written: of outputs, then of results."""
+    return (*kind.outputs, *result_arrays(kind))
 
 
 class Row:
@@ -248,8 +251,6 @@ def evaluate_rows(
 
 
 # ---- row reductions in wide use ----------------------------------------------------------------
-
-Value = Callable[[Expr], Expr]
 
 
 def softmax(
