@@ -22,7 +22,7 @@ from kernelgen.ir.expr import BOOL, F32, U32, Expr
 from kernelgen.ir.ops import functions, maps
 from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Kind as Kind
-from kernelgen.ir.ops.rows import Rows
+from kernelgen.ir.ops.rows import result_arrays
 from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
 from kernelgen.problem import power_of_two
 from kernelgen.tuner import lookup
@@ -46,18 +46,10 @@ _FROM_ML_DTYPES = ("bf16", "f8_e4m3", "f8_e5m2")
 # ---- types and arrays --------------------------------------------------------------------------
 
 
+@functools.cache
 def type_of(dtype: Any) -> str:
     """The type of elements that a numpy dtype, its name, or one of `kernelgen.ir.ops.tensors.TYPES`
     stands for."""
-    return _type_of_dtype(dtype) if isinstance(dtype, np.dtype) else _type_of(dtype)
-
-
-@functools.cache
-def _type_of_dtype(dtype: np.dtype[Any]) -> str:
-    return _type_of(dtype)
-
-
-def _type_of(dtype: Any) -> str:
     if isinstance(dtype, str) and dtype in TYPES:
         return dtype
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
@@ -104,8 +96,7 @@ def outputs(
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
     """New arrays, or those given, and what kernels fill of them."""
     wanted = [(o, shape) for o in kind.outputs]
-    results = kind.results if isinstance(kind, Rows) else ()
-    wanted += [(o, (*shape[:-1], *([o.of] if o.of > 1 else []))) for o in results if o.place == 0]
+    wanted += [(o, (*shape[:-1], *([o.of] if o.of > 1 else []))) for o in result_arrays(kind)]
     if out is None:
         made = tuple(np.empty(size, numpy_dtype(o.dtype)) for o, size in wanted)
     else:
