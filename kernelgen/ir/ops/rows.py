@@ -115,7 +115,8 @@ class Rows:
                 f"{len(self.reductions)} reductions and {len(self.outputs + self.results)} outputs"
                 " were given; a row reduction needs one of each at least"
             )
-        check_names(self.inputs, [one.name for one in (*written(self), *self.reductions)])
+        names = [*(o.name for o in written(self)), *(r.name for r in self.reductions)]
+        check_names(self.inputs, names)
         if "col" in reads_of(o.value for o in self.results):
             raise ShapeError("a result of a whole row was made of single elements; reduce them")
 
@@ -133,7 +134,9 @@ class Rows:
     @property
     def names(self) -> tuple[str, ...]:
         """Names that its author chose, of arrays."""
-        return tuple(dict.fromkeys(one.name for one in (*self.inputs, *written(self))))
+        return tuple(
+            dict.fromkeys((*(i.name for i in self.inputs), *(o.name for o in written(self))))
+        )
 
     @property
     def passes(self) -> tuple[tuple[Reduction, ...], ...]:
