@@ -69,6 +69,8 @@ SCALAR = Dialect(
 class RowsPrinter(Printer):
     """Prints what belongs to each row of a tile as a vector, and the rest as plain C."""
 
+    scalar = SCALAR
+
     def __init__(
         self,
         dialect: Dialect,
@@ -76,7 +78,7 @@ class RowsPrinter(Printer):
         rename: Callable[[str], str] = str,
     ) -> None:
         super().__init__(dialect, tables, rename)
-        self._scalar = Printer(SCALAR, tables, rename)
+        self._scalar = Printer(self.scalar, tables, rename)
 
     def varies(self, expr: Expr) -> bool:
         """Whether lanes have values of their own."""
@@ -244,6 +246,8 @@ class ResultsPrinter(LanesPrinter):
 RESULTS = Dialect(LANES.words, _OPERATORS, ResultsPrinter)
 
 
+#: one column
+COLUMN = Dialect({**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS)
 #: begin the names of values that each column has
 OF_COLUMNS = ("each_", "kept_")
 _TWO_SIDES = ("+", "-", "*", "/", "&", "|", "^", "<", "==", *SHIFTS)
@@ -253,14 +257,7 @@ class ColumnsPrinter(LanesPrinter):
     """Prints, as a vector, what depends on `lane`, a number from column `c` on, or on values that
     each column has."""
 
-    def __init__(
-        self,
-        dialect: Dialect,
-        tables: Callable[[tuple[Any, ...]], str],
-        rename: Callable[[str], str] = str,
-    ) -> None:
-        super().__init__(dialect, tables, rename)
-        self._scalar = Printer(COLUMN, tables, rename)
+    scalar = COLUMN
 
     def varies(self, expr: Expr) -> bool:
         """Whether one of these occurs in it."""
@@ -297,9 +294,6 @@ class ColumnsPrinter(LanesPrinter):
         scaled = f" + {storage.nbytes} * (ptrdiff_t)({at})" if base.op != "const" else ""
         return f"rows_{storage.name}((const uint8_t *){field}{scaled}, 0)"
 
-
-#: one column
-COLUMN = Dialect({**SCALAR.words, "min": "LEAST({a}, {b})", "max": "MOST({a}, {b})"}, _OPERATORS)
 
 #: columns of a row, side by side
 COLUMNS = Dialect(
