@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import typer
 
 from kernelgen import models
 from kernelgen.errors import KernelgenError, RankError
+from kernelgen.models.ranks import local
 from kernelgen.models.ranks.mesh import SharedError
 
 Tensor = Annotated[
@@ -88,22 +88,12 @@ def _quiet(ranks: models.Ranks) -> Iterator[None]:
 
 def _start(count: int) -> int:
     """This command line in so many processes on this machine; gives the exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
-        ),
-    }  # fmt: skip
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     command = [sys.executable, "-m", "kernelgen", *sys.argv[1:]]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(count):
-            here = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=os.environ | here))
+        for environment in local.environments(count):
+            processes.append(subprocess.Popen(command, env=threads | environment))
         while all(one.poll() in (None, 0) for one in processes):
             if all(one.poll() == 0 for one in processes):
                 return 0

@@ -6,12 +6,13 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from kernelgen.models.ranks import local
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -19,29 +20,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 MAIN = "import sys; from tests.models import ranks; ranks.main(*sys.argv[1:])"
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def start(count: int, command: list[str], **popen: Any) -> list[subprocess.Popen[str]]:
     """Processes with the environment that torchrun gives, of one thread each."""
-    port = str(free_port())
-    found = []
-    for rank in range(count):
-        environment = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        found.append(
-            subprocess.Popen(
-                [sys.executable, *command], env=environment, cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen,
-            )
-        )  # fmt: skip
-    return found
+    more = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command], env=environment | more, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen,
+        )
+        for environment in local.environments(count)
+    ]  # fmt: skip
 
 
 def end(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str, str]]:

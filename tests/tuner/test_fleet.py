@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kernelgen.models.ranks.local import free_port
 from kernelgen.tuner import space
 from tests.tuner import made_up_target
 from tests.tuner.made_up_target import SMALL
@@ -68,9 +68,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         data.mkdir()
         if user:
             os.chown(data, user["user"], user["group"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
 
         def call(*command: str) -> None:
             done = subprocess.run(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
 
 from kernelgen.errors import RankError
+from kernelgen.models.ranks import local
 from kernelgen.models.ranks.costs import Link
 from kernelgen.tuner.worker import host_bandwidth
 
@@ -29,19 +29,13 @@ def link() -> Link:
 
     Raises RankError where that cannot be measured.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     both = [
         subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import _rank; _rank()"],
-            env=os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            },
+            env=environment | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for environment in local.environments(2)
     ]  # fmt: skip
     said: list[tuple[str, str]] = []
     try:
