@@ -91,6 +91,9 @@ def _filled(text: str, kind: str, sizes: tuple[int, ...], fill: str, seed: int) 
                 f"argument {text!r}: {fill!r} is no content of an array; write a number, or one"
                 f" of {known}"
             )
+        dtype = np.dtype(_TYPES[kind])
+        if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+            raise EmulatorError(f"argument {text!r}: {fill} does not fit {kind}; take a wider type")
         made = np.full(count, number)
     return _bits(made, kind).reshape(sizes)
 
@@ -109,14 +112,24 @@ def _number(text: str) -> int | float | None:
 
 def _from_file(text: str, path: str, kind: str = "") -> Array:
     if kind:
-        return np.fromfile(path, _TYPES[kind])
+        whole = np.fromfile(path, np.uint8)
+        dtype = np.dtype(_TYPES[kind])
+        if whole.size % dtype.itemsize:
+            raise EmulatorError(
+                f"{text!r}: {path} has {whole.size} bytes, no multiple of the {dtype.itemsize} of"
+                f" {kind}; give the type that it holds"
+            )
+        return whole.view(dtype)
     try:
-        return np.ascontiguousarray(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        found = None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf":
         raise EmulatorError(
             f"{text!r}: {path} is no .npy file of numbers; save one with numpy.save, or write"
             f" TYPE@{path} for an argument of just these bytes"
-        ) from error
+        )
+    return np.ascontiguousarray(found)
 
 
 def argument(text: str, seed: int = 0) -> Given:
@@ -190,6 +203,30 @@ def _language(path: Path, asked: str) -> str:
         f"{path.name} has a suffix that says nothing of its language; known are {suffixes}, or say"
         f" --language"
     )
+
+
+def _words(given: Names) -> list[str]:
+    """The arguments in texts that have several each."""
+    found: list[str] = []
+    for text in given or ():
+        try:
+            found += shlex.split(text)
+        except ValueError:
+            raise EmulatorError(
+                f"--args {text!r} has a quotation that does not end; close it"
+            ) from None
+    return found
+
+
+def _macros(given: Names) -> dict[str, str]:
+    """Macros by name; 1 where no value is given, as compilers have it."""
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, sign, value = text.partition("=")
+        if not (name.isascii() and name.isidentifier()):
+            raise EmulatorError(f"-D {text!r}: write a name, as -D FAST, or a value, as -D WIDTH=4")
+        found[name] = value if sign else "1"
+    return found
 
 
 def _pairs(given: Names, option: str, example: str) -> dict[str, str]:
@@ -338,23 +375,29 @@ def emulate(
     fast: Annotated[
         bool, typer.Option("--fast", help="Leave out the checks of each access to memory.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of random arrays, and of the random order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of random arrays, and of the random order.")
+    ] = 0,
     seconds: Annotated[float, typer.Option(min=0.1, help="CPU time that a run may take.")] = 20.0,
     as_json: AsJson = False,
 ) -> None:
     """Run any GPU kernel on the CPU; exit with 1 if it has a bug."""
-    args = [*(word for text in more or () for word in shlex.split(text)), *(args or ())]
+    args = [*_words(more), *(args or ())]
     source = path.read_text(encoding="utf-8", errors="replace")
-    macros = {name: value if sign else "1" for name, sign, value in
-              (one.partition("=") for one in define or ())}  # fmt: skip
     emulator = Emulator(
         source, _language(path, language),
-        defines=macros, include=[path.parent, *(include or ())], name=path.name, subgroup=subgroup,
+        defines=_macros(define), include=[path.parent, *(include or ())], name=path.name,
+        subgroup=subgroup,
     )  # fmt: skip
     if not entry:
-        if len(emulator.entries) != 1:
-            known = ", ".join(emulator.entries) or "none that is not a template"
-            raise EmulatorError(f"say --entry: {path.name} has the kernels {known}")
+        if not emulator.entries:
+            raise EmulatorError(
+                f"{path.name} has no kernel; of a template name an instance, as --entry"
+                " 'scale<float, 4>'"
+            )
+        if len(emulator.entries) > 1:
+            known = ", ".join(emulator.entries)
+            raise EmulatorError(f"{path.name} has the kernels {known}; say which with --entry")
         (entry,) = emulator.entries
     given = [argument(text, seed + i) for i, text in enumerate(args or ())]
     given = in_order(given, emulator.parameters(entry), entry)

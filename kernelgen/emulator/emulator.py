@@ -27,6 +27,8 @@ Size = int | Sequence[int]
 
 ORDERS = ("forward", "reverse", "both", "random")
 _NUMBER = {"forward": 0, "reverse": 1, "random": 2}
+#: sizes of a grid or block, and of dynamic shared memory in bytes, end there, as CUDA's do
+_LARGEST = 2**31 - 1
 
 
 class Local:
@@ -39,10 +41,19 @@ class Local:
 
 def _three(size: Size, what: str) -> Place:
     sizes = (size,) if isinstance(size, int) else tuple(int(s) for s in size)
-    if not 1 <= len(sizes) <= 3 or min(sizes) < 1:
-        raise EmulatorError(f"{what} is {size!r}; it must be one to three numbers above zero")
+    if not 1 <= len(sizes) <= 3 or min(sizes) < 1 or max(sizes) > _LARGEST:
+        raise EmulatorError(
+            f"{what} is {size!r}; it must be one to three numbers from 1 to {_LARGEST}"
+        )
     x, y, z = (*sizes, 1, 1)[:3]
     return x, y, z
+
+
+def _is_integer(value: Any, bits: int) -> bool:
+    """Whether a number is an integer of so many bits, with a sign or without one."""
+    if isinstance(value, float | np.floating) and not value.is_integer():
+        return False
+    return -(1 << bits - 1) <= int(value) < 1 << bits
 
 
 class _Arguments:
@@ -80,7 +91,7 @@ class _Arguments:
         if isinstance(value, int | float | bool | np.generic) and kind in "iuf":
             if kind == "f":
                 return np.array(value, {2: "f2", 4: "f4", 8: "f8"}[size]).tobytes()
-            if int(value) == value:
+            if _is_integer(value, 8 * size):
                 return (int(value) % (1 << 8 * size)).to_bytes(size, "little")
         raise EmulatorError(
             f"{where} is {_KIND[kind]} of {size} bytes, but got"
@@ -149,6 +160,10 @@ class Emulator:
         """Launches a kernel; arrays among the arguments hold its results afterwards."""
         if order not in ORDERS:
             raise EmulatorError(f"order {order!r} is not one of {', '.join(ORDERS)}")
+        if not 0 <= shared_bytes <= _LARGEST:
+            raise EmulatorError(
+                f"{shared_bytes} bytes of shared memory were asked for; 0 to {_LARGEST} are allowed"
+            )
         begin = time.perf_counter()
         compiled = self._compiled(entry, sanitize)
         kinds = engine.describe(str(compiled.library), compiled.describe).split()

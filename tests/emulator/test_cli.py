@@ -142,6 +142,14 @@ def test_a_language_by_its_suffix(tmp_path: Path) -> None:
         (["f32[40]", "f32[40]", 40, 2, "--grid", "2,0"], "--grid '2,0': write one to three"),
         (["f32[40]", "f32[40]", 40, 2, "--order", "odd"], "order 'odd' is not one of forward"),
         (["@/nowhere.npy", "f32[40]", 40, 2], "/nowhere.npy: No such file or directory"),
+        (["f32[40]", "f32[40]", 2**32, 2], "argument 2 (n) of scale is an integer of 4 bytes"),
+        (["f32[40]", "f32[40]", "nan", 2], "argument 2 (n) of scale is an integer of 4 bytes"),
+        (["i8[40]:300", "f32[40]", 40, 2], "300 does not fit i8"),
+        (["f32[99999999999999]", "f32[40]", 40, 2], "the memory does not suffice"),
+        (["f32[40]", "f32[40]", 40, 2, "--grid", 2**32], "numbers from 1 to 2147483647"),
+        (["f32[40]", "f32[40]", 40, 2, "--shared", "-1"], "-1 bytes of shared memory"),
+        (["f32[40]", "f32[40]", 40, 2, "-D", "4=2"], "-D '4=2': write a name"),
+        (["--args", "f32[40] 'f32[40]"], "has a quotation that does not end"),
     ],
 )
 def test_mistakes(cuda: Path, given: list[object], said: str) -> None:
@@ -155,9 +163,20 @@ def test_files_that_are_no_arrays(cuda: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "short.npy", np.zeros(3))
     short = ["--expect", f"y={tmp_path / 'short.npy'}"]
     assert "the file has 3 elements, the argument 40" in error_of(cuda, *SCALE, *given, *short)
+    np.save(tmp_path / "words.npy", np.array(["a"] * 40))
+    np.savez(tmp_path / "several.npz", a=np.zeros(40))
+    for name in ("words.npy", "several.npz"):
+        said = error_of(cuda, *SCALE, f"@{tmp_path / name}", *given[1:])
+        assert "is no .npy file of numbers" in said
+    (tmp_path / "odd").write_bytes(bytes(7))
+    said = error_of(cuda, *SCALE, f"f32@{tmp_path / 'odd'}", *given[1:])
+    assert "has 7 bytes, no multiple of the 4 of f32" in said
 
 
 def test_which_kernel(cuda: Path, tmp_path: Path) -> None:
-    assert "say --entry: kernels.cu has the kernels scale, rotate" in error_of(cuda)
+    assert "kernels.cu has the kernels scale, rotate; say which with --entry" in error_of(cuda)
+    none = tmp_path / "none.cu"
+    none.write_text("int f() { return 1; }")
+    assert "none.cu has no kernel; of a template name an instance" in error_of(none)
     assert "no kernel 'turn' in kernels.cu" in error_of(cuda, "--entry", "turn", "-D", "SYNC")
     assert "No such file" in error_of(tmp_path / "missing.cu")
