@@ -19,7 +19,7 @@ from kernelgen.cli.terminal import (
     split_names,
     table,
 )
-from kernelgen.errors import TuningError
+from kernelgen.errors import FileError, TuningError
 from kernelgen.tuner import cache, ledger
 from kernelgen.tuner.cache import Entry
 from kernelgen.tuner.problems import wanted
@@ -104,7 +104,8 @@ def list_entries(
         print_json([one.as_dict() | {"stale": _stale(one)} for one in found])
         return
     if not found:
-        print(f"nothing was tuned yet ({cache.folder()})")
+        asked = " of what was asked for" if target or format else ""
+        print(f"nothing{asked} was tuned yet ({cache.folder()})")
         return
     numbers = ["time", "ratio"]
     shown = table("target", "kernel", "shape", *numbers, "configuration", "device", "",
@@ -132,9 +133,8 @@ def show(
         if not shape or "x".join(map(str, one.key.shape)) == shape.lower()
     ]  # fmt: skip
     if not found:
-        raise TuningError(
-            f"the cache has nothing about {format} {shape}; `kernelgen cache list` shows all"
-        )
+        asked = " ".join(filter(None, (format, shape, *split_names(target))))
+        raise TuningError(f"the cache has nothing about {asked}; `kernelgen cache list` shows all")
     if as_json:
         print_json([one.as_dict() for one in found])
         return
@@ -171,6 +171,11 @@ def export(
 
 def _load(file: Path) -> list[Entry]:
     found, wrong = ledger.load(file)
+    if wrong and not found:
+        raise FileError(
+            f"{file} has no entry of kernelgen's in {len(wrong)} lines; `kernelgen cache export`"
+            " writes files that have"
+        )
     for sentence in wrong:
         complain(sentence)
     return found

@@ -136,7 +136,7 @@ def tune(
     sampler: Annotated[
         str, typer.Option("--sampler", help=f"One of {', '.join(samplers.NAMES)}.")
     ] = samplers.DEFAULT,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampler.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the trials of the last study.")
     ] = False,
@@ -165,6 +165,7 @@ def tune(
         return
     if effort not in EFFORTS:
         raise TuningError(f"effort {effort!r} was asked for; known are {', '.join(EFFORTS)}")
+    samplers.check(sampler)
     options = Options(EFFORTS[effort], sampler, seed, storage, resume)
     _need_optuna()
     waiting = len(problems) * len(pairs)
@@ -241,7 +242,7 @@ def _problems(
         }
         if not matrices:
             raise ShapeError(f"{model} has no matrices of the formats asked for")
-        counts = [int(r) if r.isdigit() else 0 for r in split_names(rows)] or _MODEL_ROWS
+        counts = _counts(rows) or _MODEL_ROWS
         for fmt, n, k in sorted(matrices, key=lambda one: (one[0].name, one[1:])):
             for m in counts:
                 yield MatmulProblem(fmt, m, n, k, **vars(asked))
@@ -258,6 +259,14 @@ def _problems(
     for fmt in pick_formats([] if names == ["all"] else names):
         for text in shapes:
             yield problem_of(op, fmt, text, asked)
+
+
+def _counts(rows: Names) -> list[int]:
+    """Rows of activations."""
+    names = split_names(rows)
+    if not all(one.isdecimal() and int(one) for one in names):
+        raise ShapeError(f"--rows {','.join(names)} was given; write numbers above 0, as 1,128")
+    return list(map(int, names))
 
 
 def _sizes_of(op: str) -> str:
@@ -438,10 +447,11 @@ def explain(
     ]  # fmt: skip
     entry = choice.entry
     fallbacks = of_choice(manifest, choice, problem.subject, problem.precision, problem.max_error)
-    launches = [] if not isinstance(problem, MatmulProblem) else [
-        line for kind in pick_kinds([epilogue] if epilogue else None)
-        for line in launches_of(manifest.name, problem, KINDS[kind])
-    ]  # fmt: skip
+    launches: list[str] = []
+    for kind in pick_kinds([epilogue] if epilogue else None):
+        if not isinstance(problem, MatmulProblem):
+            raise TuningError(f"{op} with {kind} was asked about; only matmul has epilogues")
+        launches += launches_of(manifest.name, problem, KINDS[kind])
     if as_json:
         print_json(
             {

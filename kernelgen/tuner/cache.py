@@ -178,6 +178,18 @@ def root() -> Path:
     return Path(os.environ.get("KERNELGEN_CACHE") or platformdirs.user_cache_dir("kernelgen"))
 
 
+def made(place: Path) -> Path:
+    """A folder of the cache, made where it is missing.  Raises FileError where it cannot be."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"the cache folder {place} cannot be made ({error.strerror}); set KERNELGEN_CACHE to a"
+            " folder that can be written"
+        ) from error
+    return place
+
+
 def folder() -> Path:
     """Where the files of winners are."""
     return root() / "tuned"
@@ -289,11 +301,19 @@ def rewrite(path: Path, keep: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Held by who writes a file; the system lets go of it when a process dies."""
+    """Held by who writes a file; the system lets go of it when a process dies.  Raises FileError
+    where the file's folder cannot be written."""
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=60):
+    made(path.parent)
+    try:
+        held = FileLock(f"{path}.lock", timeout=60).acquire()
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be written ({error.strerror or error}); set KERNELGEN_CACHE to a folder"
+            " that can be"
+        ) from error
+    with held:
         yield
 
 

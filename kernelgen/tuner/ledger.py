@@ -24,6 +24,7 @@ def load(path: Path) -> tuple[list[Entry], list[str]]:
     """Entries of a file that someone gave, and what was wrong with its other lines."""
     if not path.is_file():
         raise FileError(f"{path} was given, and is no file; `kernelgen cache export` writes one")
+    path.open("rb").close()  # what cannot be read is an error here
     found: list[Entry] = []
     wrong: list[str] = []
     for number, _, entry in cache.lines(path):

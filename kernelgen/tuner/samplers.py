@@ -19,6 +19,12 @@ NAMES = (*PICKERS, "tpe", "gp", "cmaes", "nsga2", "qmc", "random")
 _STARTUP = 8
 
 
+def check(name: str) -> None:
+    """Raises TuningError where no sampler has that name."""
+    if name not in NAMES:
+        raise TuningError(f"sampler {name!r} was asked for; known are {', '.join(NAMES)}")
+
+
 def make(name: str, seed: int) -> Any:
     """An Optuna sampler that can be told what to suggest, by its attribute `told`: as it is for
     every trial where a picker decides.  Else it suggests what the one of that name does."""
@@ -40,8 +46,7 @@ def make(name: str, seed: int) -> Any:
         "qmc": lambda: samplers.QMCSampler(seed=seed, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
     }
-    if name not in NAMES:
-        raise TuningError(f"sampler {name!r} was asked for; known are {', '.join(NAMES)}")
+    check(name)
     inner = makers.get(name, makers["random"])()
 
     class Told(samplers.BaseSampler):

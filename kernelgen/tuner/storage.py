@@ -247,8 +247,7 @@ def _database(url: str, arguments: dict[str, Any]) -> Any:
 def _own_file(name: str, resume: bool) -> Path:
     """A file of its own for each study, so that none grows for ever and none meets another; to
     resume is to go on with the last."""
-    place = cache.root() / "studies"
-    place.mkdir(parents=True, exist_ok=True)
+    place = cache.made(cache.root() / "studies")
     short = name[:150]
     earlier = sorted(place.glob(f"{glob.escape(short)}-*.log"))
     if resume and earlier:

@@ -87,11 +87,44 @@ def test_a_dry_run_shows_the_space() -> None:
     [(["tune"], "--format"), (["tune", "--format", "q8_0", "--shape", "3"], "MxNxK"),
      (["tune", "--format", "q8_0", "--shape", "1x1x100"], "100"),
      (["explain", "dequantize", "q8_0"], "matmul"), (["cache", "show", "q8_0"], "nothing"),
-     (["cache", "import", "nowhere.jsonl"], "nowhere")],
+     (["cache", "import", "nowhere.jsonl"], "nowhere"),
+     (["tune", "--format", "q8_0", "--shape", "1x8x32", "--sampler", "dice"], "greedy"),
+     (["explain", "softmax", "f32", "--shape", "4x4", "--epilogue", "bias"], "only matmul")],
 )  # fmt: skip
 def test_mistakes_get_one_sentence(arguments: list[str], said: str) -> None:
     shown = run(*arguments, code=1).stderr.splitlines()
     assert len(shown) == 1 and said in shown[0]
+
+
+@pytest.mark.parametrize("rows", ["many", "0", "1,²"])
+def test_rows_that_are_none(tmp_path: Path, rows: str) -> None:
+    model = tmp_path / "model.gguf"
+    kernelgen.save(model, {"a.weight": np.ones((4, 32), np.float32)})
+    (sentence,) = run("tune", str(model), "--rows", rows, code=1).stderr.splitlines()
+    assert f"--rows {rows} was given" in sentence
+
+
+@pytest.mark.parametrize("text", [b"\xff\x00garbage\n", b'{"hello": 1}\n[1, 2]\nnull\n'])
+@pytest.mark.parametrize("command", ["import", "merge", "diff"])
+def test_a_file_without_an_entry_is_an_error(tmp_path: Path, command: str, text: bytes) -> None:
+    file = tmp_path / "foreign.jsonl"
+    file.write_bytes(text)
+    (sentence,) = run("cache", command, str(file), code=1).stderr.splitlines()
+    assert "foreign.jsonl has no entry of kernelgen's" in sentence and "cache export" in sentence
+
+
+def test_a_cache_folder_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in its place stops root as well."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("kernelgen.cli.tuning.busy", lambda: None)
+    what = ("tune", "--target", "numpy", "--format", "q8_0", "--shape", "1x8x32", "--budget", "1")
+    (sentence,) = run(*what, code=1).stderr.splitlines()
+    assert sentence.startswith("error: ") and "file/studies" in sentence
+    assert "KERNELGEN_CACHE" in sentence
+    assert "nothing was tuned yet" in run("cache", "list").stdout
 
 
 def test_explain_without_entries_says_what_to_do() -> None:
