@@ -39,14 +39,16 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # whoever read us has seen enough: typer ends quietly
-        except (KernelgenError, OSError) as error:
+        except (KernelgenError, OSError, MemoryError) as error:
             if ctx.params.get("debug"):
                 raise
             complain(f"error: {_sentence(error)}")
             raise typer.Exit(1) from None
 
 
-def _sentence(error: KernelgenError | OSError) -> str:
+def _sentence(error: KernelgenError | OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"the memory does not suffice ({error}); ask for less at once"
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -118,7 +118,7 @@ def _precisions(given: Names) -> tuple[str, ...]:
 
 def _columns(given: Names, formats: Iterable[BlockFormat]) -> tuple[int, ...]:
     names = split_names(given)
-    if not all(one.isdigit() and int(one) for one in names):
+    if not all(one.isdecimal() and int(one) for one in names):
         raise ShapeError(f"--columns {','.join(names)} was given; write numbers, as 256,4096")
     chosen = tuple(map(int, names)) or COLUMNS
     for one in chosen if names else ():

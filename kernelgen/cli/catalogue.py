@@ -36,10 +36,12 @@ from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.steps import code_word
 from kernelgen.problem import PRECISIONS, choose_precision
-from kernelgen.targets.base import OPS, Kernel, Target
+from kernelgen.targets.base import OPS, Kernel, Subject, Target, Walk
 from kernelgen.verify_epilogue import KINDS
 
 _OF_FORMATS = tuple(op for op in OPS if op not in (*OF_ARRAYS, "attention_combine"))
+#: ops whose kernels are about heads, with keys and values in a format
+_OF_HEADS = ("attention", "attention_combine")
 
 #: elements of a head
 _HEAD_DIM = 128
@@ -69,7 +71,7 @@ class Cell:
 def _subject(op: str, fmt: BlockFormat) -> BlockFormat | Attention:
     """What a kernel of an op about this format is specialized for: of attention, keys and values in
     it, of heads of the usual size."""
-    if op != "attention":
+    if op not in _OF_HEADS:
         return fmt
     return Attention(fmt.block if _HEAD_DIM % fmt.block else _HEAD_DIM, fmt, fmt)
 
@@ -260,16 +262,18 @@ def show(
     ] = False,
 ) -> None:
     """Print the source of a kernel, or the stages of the IR behind it."""
-    op, manifest = pick_op(op, OPS), target_list.get(target)
+    op, manifest, values = pick_op(op, OPS), target_list.get(target), _parsed(config)
     out = console()
     if op in OF_ARRAYS:
-        made = _map_kernel(op, format, manifest, _parsed(config))
+        made = _map_kernel(op, format, manifest, values)
+    elif op in _OF_HEADS:
+        made = _attention_kernel(op, format_list.get(format), manifest, precision, values)
     else:
         fmt = format_list.get(format)
-        chosen = choose_precision(precision, fmt)
-        made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
-        for kind in pick_kinds([epilogue] if epilogue else None):
-            made = generate_walk(made.walk, fmt, manifest, made.config, KINDS[kind])
+        chosen = _precision(op, fmt, manifest, precision)
+        made = api.kernel(op, fmt, manifest.name, values or None, chosen)
+    if epilogue:
+        made = _fused_kernel(made, epilogue, manifest)
     if ir:
         for line in stages.lines(made):
             out.print(line, soft_wrap=True)
@@ -282,15 +286,51 @@ def show(
     out.print(painted, soft_wrap=True)
 
 
+def _precision(op: str, fmt: BlockFormat, target: Target, asked: str) -> str:
+    """The precision of the kernel that is shown; "", the first that there is, where nobody asked
+    and the op has not the usual one."""
+    chosen = choose_precision(asked, fmt)
+    offers = {walk.precision for walk in target.walks if walk.op == op}
+    return chosen if asked != "auto" or offers & {chosen, ""} else ""
+
+
 def _map_kernel(op: str, name: str, target: Target, values: Mapping[str, Any]) -> Kernel:
     """A map or a row reduction of the library."""
     kind = library.get(name)
     if library.op_of(kind) != op:
         raise TargetError(f"{op} {name} was asked for; {name} is one of {library.op_of(kind)}")
-    walk = target.walk(op, kind)
-    chosen = walk.default(kind, target.capabilities)
+    return _configured(target.walk(op, kind), kind, target, values)
+
+
+def _attention_kernel(
+    op: str, fmt: BlockFormat, target: Target, precision: str, values: Mapping[str, Any]
+) -> Kernel:
+    """Attention with K and V in a format, of heads of the usual size."""
+    choose_precision(precision, fmt)  # refuses those that there are not
+    kind = _subject(op, fmt)
+    walk = target.walk(op, kind, "fp32" if precision == "auto" else precision)
+    return _configured(walk, kind, target, values)
+
+
+def _configured(walk: Walk, subject: Subject, target: Target, values: Mapping[str, Any]) -> Kernel:
+    """The kernel of a walk in its default configuration but for some values."""
+    chosen = walk.default(subject, target.capabilities)
     merged = walk.config.from_dict(chosen.as_dict() | dict(values))
-    return generate_walk(walk, kind, target, merged)
+    return generate_walk(walk, subject, target, merged)
+
+
+def _fused_kernel(made: Kernel, epilogue: str, target: Target) -> Kernel:
+    """The same kernel with what is fused with it."""
+    kinds = pick_kinds([epilogue])
+    if len(kinds) != 1:
+        raise TargetError(f"--epilogue {epilogue} was given; a kernel is shown with one of them")
+    fused = generate_walk(made.walk, made.subject, target, made.config, KINDS[kinds[0]])
+    if not fused.fused.name:
+        raise TargetError(
+            f"{made.op} with {kinds[0]} was asked for; epilogues are fused with matvec and matmul,"
+            " and a norm with what takes their activations first"
+        )
+    return fused
 
 
 def _parsed(given: Names) -> dict[str, Any]:

@@ -192,7 +192,8 @@ def bench(
         choose_precision(precision, fmt)
         for _, _, k in shapes:
             fmt.row_bytes(k)  # refuses what does not divide, before anything is timed
-    runtimes = list(_runtimes(target or [api.default_target()], ""))
+    wanted = pick_targets(target or [api.default_target()])
+    runtimes = [(one, api.require(one.name)) for one in wanted]
     warning = benchmark.busy()
     if warning:
         complain(f"warning: {warning}")

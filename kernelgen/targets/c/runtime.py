@@ -401,7 +401,7 @@ def cpu_name() -> str:
 def threads() -> int:
     """Threads that a kernel will use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit():
+    if wanted.isdecimal():
         return int(wanted)
     try:
         return len(os.sched_getaffinity(0))
