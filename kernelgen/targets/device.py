@@ -29,6 +29,7 @@ from kernelgen.targets.driver import (
     Launcher,
     Resident,
     Timed,
+    bytes_of,
     visible,
 )
 from kernelgen.targets.maps import Apply, dense, written
@@ -268,7 +269,7 @@ class DeviceRuntime:
             arrays = {name: dense(inputs[name]) for name in given_names}
             sizes = {"ROWS": m, "COLUMNS": n, **map_strides(kind, arrays)}
             buffers = {
-                one.name: driver.upload(_whole(a, ITEM_BYTES[one.dtype]))
+                one.name: driver.upload(_padded(a, ITEM_BYTES[one.dtype]))
                 for one, a in zip(ins, arrays.values(), strict=True)
             }
             results = {}
@@ -439,8 +440,8 @@ def _given(
     return {name: driver.upload(array) for name, array in found.items()}, strides(kind, found)
 
 
-def _whole(array: Array, unit: int) -> Array:
+def _padded(array: Array, unit: int) -> Array:
     """An array's bytes, filled up to whole units."""
-    raw = array.reshape(-1).view(np.uint8)
+    raw = bytes_of(array)
     missing = -raw.nbytes % unit
     return np.concatenate([raw, np.zeros(missing, np.uint8)]) if missing else raw

@@ -22,6 +22,11 @@ from kernelgen.targets.codebook import codebook_of
 Buffer = Any
 
 
+def bytes_of(array: Array) -> Array:
+    """The bytes of an array, uint8 (nbytes,): a view where it is C-contiguous, else a copy."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 class Driver(Protocol):
     """A device and its memory."""
 

@@ -15,7 +15,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer
+from kernelgen.targets.driver import Buffer, bytes_of
 
 
 class EmulatorDriver:
@@ -32,7 +32,7 @@ class EmulatorDriver:
 
     def upload(self, array: Array) -> Buffer:
         """A copy of the bytes."""
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy()
+        return bytes_of(array).copy()
 
     def empty(self, nbytes: int) -> Buffer:
         """Bytes that make NaNs, so that what is not written stays visible."""
@@ -40,7 +40,7 @@ class EmulatorDriver:
 
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         buffer[offset : offset + raw.size] = raw
 
     def download(self, buffer: Buffer, out: Array) -> None:

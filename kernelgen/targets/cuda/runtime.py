@@ -17,10 +17,10 @@ import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError
-from kernelgen.targets.base import Array, Kernel
+from kernelgen.targets.base import EMULATED, Array, Kernel
 from kernelgen.targets.cuda import CAPABILITIES
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, TimedByEvents, rejected, visible
+from kernelgen.targets.driver import Buffer, TimedByEvents, bytes_of, rejected, visible
 from kernelgen.targets.emulated import EmulatedRuntime
 
 #: features of `Capabilities`, and the compute capability (times ten) that brought them
@@ -51,7 +51,7 @@ class CupyDriver(TimedByEvents):
 
     def upload(self, array: Array) -> Buffer:
         """A buffer with the bytes of an array."""
-        return self._cupy.asarray(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return self._cupy.asarray(bytes_of(array))
 
     def empty(self, nbytes: int) -> Buffer:
         """A buffer of that many bytes."""
@@ -59,7 +59,7 @@ class CupyDriver(TimedByEvents):
 
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         buffer[offset : offset + raw.size] = self._cupy.asarray(raw)
 
     def download(self, buffer: Buffer, out: Array) -> None:
@@ -245,7 +245,7 @@ def why_not() -> str | None:
 @functools.cache
 def runtime(variant: str = "") -> DeviceRuntime:
     """The runtime of the current CUDA device, or of the emulator (variant "emulated")."""
-    if variant == "emulated":
+    if variant == EMULATED:
         features = CAPABILITIES.features | {"wgmma"}
         return EmulatedRuntime("cuda", "cuda", dataclasses.replace(CAPABILITIES, features=features))
     return CudaRuntime()

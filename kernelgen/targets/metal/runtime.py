@@ -20,9 +20,9 @@ import numpy as np
 
 from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
-from kernelgen.targets.base import Array, Kernel
+from kernelgen.targets.base import EMULATED, Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, Driver, rejected
+from kernelgen.targets.driver import Buffer, Driver, bytes_of, rejected
 from kernelgen.targets.emulated import EmulatedRuntime
 from kernelgen.targets.metal import CAPABILITIES
 
@@ -59,7 +59,7 @@ class TorchDriver:
 
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         buffer[offset : offset + raw.size] = self._torch.from_numpy(raw.copy()).to(buffer.device)
 
     def download(self, buffer: Buffer, out: Array) -> None:
@@ -152,7 +152,7 @@ class MetalDriver:
     def upload(self, array: Array) -> Buffer:
         """A buffer with the bytes of an array, in memory that the CPU and the GPU share."""
         buffer = self.empty(array.nbytes)
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         np.frombuffer(buffer.contents().as_buffer(raw.nbytes), np.uint8)[:] = raw
         return buffer
 
@@ -169,7 +169,7 @@ class MetalDriver:
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer that no kernel reads any more."""
         self._wait()
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         np.frombuffer(buffer.contents().as_buffer(buffer.length()), np.uint8)[
             offset : offset + raw.size
         ] = raw
@@ -315,4 +315,6 @@ class MetalRuntime(DeviceRuntime):
 @functools.cache
 def runtime(variant: str = "") -> DeviceRuntime:
     """The runtime of the Mac's GPU, or of the emulator (variant "emulated")."""
-    return EmulatedRuntime("metal", "metal", CAPABILITIES) if variant else MetalRuntime()
+    if variant == EMULATED:
+        return EmulatedRuntime("metal", "metal", CAPABILITIES)
+    return MetalRuntime()

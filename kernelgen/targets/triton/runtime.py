@@ -26,7 +26,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import CompileError, TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, TimedByEvents, own_symbols, rejected
+from kernelgen.targets.driver import Buffer, TimedByEvents, bytes_of, own_symbols, rejected
 
 #: Triton decides by it, when its language is imported, whether kernels are interpreted
 INTERPRET = "TRITON_INTERPRET"
@@ -111,7 +111,7 @@ class TorchDriver:
 
     def upload(self, array: Array) -> Buffer:
         """A tensor with the bytes of an array."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         tensor = self._torch.empty(raw.nbytes, dtype=self._torch.uint8)
         tensor.numpy()[:] = raw
         return tensor.to(self._device.name)
@@ -122,7 +122,7 @@ class TorchDriver:
 
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         buffer[offset : offset + raw.size] = self._torch.from_numpy(raw.copy()).to(buffer.device)
 
     def download(self, buffer: Buffer, out: Array) -> None:

@@ -17,7 +17,7 @@ from kernelgen.config import Capabilities
 from kernelgen.errors import TargetError
 from kernelgen.targets.base import Array, Kernel
 from kernelgen.targets.device import DeviceRuntime
-from kernelgen.targets.driver import Buffer, own_symbols, rejected
+from kernelgen.targets.driver import Buffer, bytes_of, own_symbols, rejected
 
 #: features that kernels use where an adapter has them
 WANTED_FEATURES = ("shader-f16", "subgroup")
@@ -57,7 +57,7 @@ class WgpuDriver:
 
     def upload(self, array: Array) -> Buffer:
         """A buffer with the bytes of an array, filled up to whole words."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         buffer = self.empty(raw.nbytes)
         whole = raw.nbytes // 4 * 4
         if whole:
@@ -78,7 +78,7 @@ class WgpuDriver:
 
     def write(self, buffer: Buffer, offset: int, array: Array) -> None:
         """Put bytes into a buffer."""
-        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        raw = bytes_of(array)
         filled = np.zeros(-(-raw.size // 4) * 4, np.uint8)
         filled[: raw.size] = raw
         self.device.queue.write_buffer(buffer, offset, filled)
