@@ -461,7 +461,8 @@ def explain(
                 "why": choice.why, "choice": choice.candidate.as_dict(),
                 "dispatch": None if target else dispatching.as_dict(),
                 "fallbacks": list(map(str, fallbacks)),
-                "expected_seconds": entry.seconds if entry else None,
+                # another problem's seconds are not this one's
+                "expected_seconds": entry.seconds if entry and choice.rule == "exact" else None,
                 "entry": entry.as_dict() if entry else None,
                 "others": [
                     {"rule": f.rule, "refused": f.refused, "entry": f.entry.as_dict()}
@@ -481,7 +482,8 @@ def explain(
         print(f"  fallback  {one}")
     if entry is not None:
         for name, said in caching.facts(entry):
-            print(f"  {name:9} {said}")
+            elsewhere = name == "expects" and choice.rule != "exact"
+            print(f"  {'took' if elsewhere else name:9} {said}")
     else:
         print(f"  expects   unknown; kernelgen tune --target {manifest.name} {problem.flags}"
               " finds out")  # fmt: skip

@@ -232,9 +232,6 @@ class Worker:
     def bandwidth(self) -> dict[str, Any]:
         """Bytes that can be read from the device's memory in a second; None where that cannot be
         measured from here."""
-        own = getattr(self.runtime, "read_bandwidth", None)
-        if own is not None:
-            return {"bytes_per_s": own()}
         about = self.runtime.describe()
         threads = about[0].get("threads") if about else None
         return {"bytes_per_s": host_bandwidth(threads) if isinstance(threads, int) else None}

@@ -61,6 +61,10 @@ def test_tune_then_a_second_process_uses_it(tmp_path: Path) -> None:
     explained = json.loads(second.stdout)
     assert explained["rule"] == "exact" and explained["choice"] == shown["config"]
     assert explained["expected_seconds"] == shown["new"]
+    near = ("explain", "matmul", "q8_0", "--target", "c", "--shape", "1x128x256")
+    explained = json.loads(run(*near, "--json").stdout)
+    assert explained["rule"] == "nearest shape" and explained["expected_seconds"] is None
+    assert "  took      " in run(*near).stdout and "expects" not in run(*near).stdout
     listed = json.loads(run("cache", "list", "--json").stdout)
     assert len(listed) == 1 and listed[0]["stale"] is None
     for command in (("cache", "list"), ("cache", "show", "q8_0"), ("cache", "prune", "--stale"),
