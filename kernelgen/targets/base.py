@@ -510,3 +510,10 @@ class Target:
                 with contextlib.suppress(TargetError):
                     return self.walk(op, subject, other, caps, rows=rows)
             raise
+
+
+def integer_codes(fmt: BlockFormat) -> str | None:
+    """Why a format has no integer dot product, or None."""
+    if fmt.float_codes:
+        return f"elements of {fmt.name} are floats, which have no integer dot product"
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -207,6 +208,12 @@ def varies(expr: Expr) -> bool:
 
 #: columns of generated text
 WIDTH = 100
+
+
+def prose(text: str) -> str:
+    """Text of a format's author that can stand in a docstring, in lines that are short enough."""
+    plain = " ".join(text.replace("\\", "\\\\").replace('"', "'").split())
+    return "\n".join(textwrap.wrap(plain, WIDTH))
 
 
 def statement(head: str, text: str, indent: int = 4) -> str:

@@ -24,7 +24,7 @@ from kernelgen.ir.expr import Expr, WordTable, call, number
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.ops.epilogue import Epilogue, RmsNorm
 from kernelgen.ir.steps import MemorySteps, memory_steps
-from kernelgen.targets.base import NY, Argument, Launch, Walk
+from kernelgen.targets.base import NY, Argument, Launch, Walk, integer_codes
 
 #: folder of the shared templates
 TEMPLATES = "simt"
@@ -120,13 +120,6 @@ QUANTIZED = (
 def sizes(*names: str) -> tuple[Argument, ...]:
     """Arguments that are sizes."""
     return tuple(Argument(name, "size", "u32") for name in names)
-
-
-def integer_codes(fmt: BlockFormat) -> str | None:
-    """Why a format has no integer dot product, or None."""
-    if fmt.float_codes:
-        return f"elements of {fmt.name} are floats, which have no integer dot product"
-    return None
 
 
 def _steps(fmt: BlockFormat, config: Config) -> MemorySteps:

@@ -10,7 +10,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, WordTable, const
 from kernelgen.ir.ranges import fits
 from kernelgen.ir.steps import Steps, steps
-from kernelgen.targets.base import Argument, Kernel, Target, Walk
+from kernelgen.targets.base import Argument, Kernel, Target, Walk, integer_codes
 from kernelgen.targets.c import maps
 from kernelgen.targets.c.attention import WALKS as ATTENTION
 from kernelgen.targets.c.attention import mentions
@@ -74,11 +74,10 @@ _LARGEST_GROUP = 65536
 
 
 def _integer_codes(fmt: BlockFormat) -> str | None:
-    if fmt.float_codes:
-        return f"elements of {fmt.name} are floats, which have no integer dot product"
-    if fmt.group > _LARGEST_GROUP:
+    reason = integer_codes(fmt)
+    if reason is None and fmt.group > _LARGEST_GROUP:
         return f"sums over groups of {fmt.group} may need more than 32 bits"
-    return None
+    return reason
 
 
 #: products of so many bits are two bytes, of which one holds the lowest seven

@@ -21,7 +21,7 @@ from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.layout import named_layout
 from kernelgen.ir.steps import MemorySteps, code_word, memory_steps
 from kernelgen.targets import simt
-from kernelgen.targets.base import Argument, Launch, Walk
+from kernelgen.targets.base import Argument, Launch, Walk, integer_codes
 
 #: elements to a multiple of which rows of halves are filled up: the deepest stage
 PAD = 128
@@ -118,7 +118,7 @@ def _applies(fmt: BlockFormat) -> str | None:
 
 
 def _applies_to_bytes(fmt: BlockFormat) -> str | None:
-    return simt.integer_codes(fmt) or _applies(fmt)
+    return integer_codes(fmt) or _applies(fmt)
 
 
 def _fits(precision: str, config: Config, fmt: BlockFormat, caps: Capabilities) -> str | None:
@@ -206,7 +206,7 @@ def _cast(precision: str) -> Walk:
 def _in_words(fmt: BlockFormat) -> str | None:
     """Lanes take four words of a group at once."""
     if fmt.float_codes:
-        return simt.integer_codes(fmt)
+        return integer_codes(fmt)
     if fmt.group % 16:
         return f"groups of {fmt.group} elements do not divide into the 16 that are loaded at once"
     if fmt.group > 128:

@@ -7,16 +7,15 @@ import keyword
 import textwrap
 
 from kernelgen.config import Capabilities, NoConfig
-from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, Field
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.targets.attention import TENSORS, arrays, paged
-from kernelgen.targets.base import Argument, Target, Walk
+from kernelgen.targets.base import Argument, Target, Walk, integer_codes
 from kernelgen.targets.maps import GLOBALS as MAP_GLOBALS
 from kernelgen.targets.numpy import maps
 from kernelgen.targets.numpy.dialect import ARRAYS, MAPS, statement
 from kernelgen.targets.numpy.steps import ArraySteps, array_steps, attention_steps
-from kernelgen.targets.printer import Printer
+from kernelgen.targets.printer import Printer, prose
 
 _WEIGHTS = Argument("w", "in", "u8", ("N", "ROW_BYTES"))
 _X = Argument("x", "in", "f32", ("M", "K"))
@@ -39,12 +38,6 @@ _RESERVED = frozenset(
         "blocks", "code", "g", "i", "offset", "scale",
     )
 )  # fmt: skip
-
-
-def _integer_codes(fmt: BlockFormat) -> str | None:
-    if fmt.float_codes:
-        return f"elements of {fmt.name} are floats, which have no integer dot product"
-    return None
 
 
 _ATTENTION_SYMBOLS = {
@@ -73,7 +66,7 @@ def _matmul(op: str, precision: str) -> Walk:
         config=NoConfig,
         arguments=(_X, _WEIGHTS, Argument("y", "result", "f32", ("M", "N"))),
         symbols=_SYMBOLS,
-        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        applies=integer_codes if precision == "int8" else lambda fmt: None,
         steps=array_steps,
         norms=True,
     )
@@ -101,12 +94,6 @@ def _of_elements(steps: ArraySteps, expr: Expr, arrays: Printer) -> str:
     """An expression of groups as it is used for elements."""
     repeat = steps.fmt.group > 1 and steps.per_group(expr)
     return f"np.repeat({arrays(expr)}, {steps.fmt.group}, axis=-1)" if repeat else arrays(expr)
-
-
-def _prose(text: str) -> str:
-    """Text of a format's author that can stand in a docstring, in lines that are not too long."""
-    plain = " ".join(text.replace("\\", "\\\\").replace('"', "'").split())
-    return "\n".join(textwrap.wrap(plain, 100))
 
 
 #: values of the longest table that is written as a list
@@ -158,7 +145,7 @@ TARGET = Target(
                 Argument("scale", "result", "f32", ("M", "BLOCKS")),
                 Argument("sums", "result", "f32", ("M", "GROUPS")),
             ),
-            symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=array_steps,
+            symbols=_SYMBOLS, applies=integer_codes, contract=False, steps=array_steps,
             norms=True,
         ),
         _matmul("matvec", "int8"),
@@ -180,7 +167,7 @@ TARGET = Target(
     dialects={"arrays": ARRAYS, "maps": MAPS},
     capabilities=Capabilities(),
     globals={
-        "given_to": _given, "of_elements": _of_elements, "prose": _prose, "read": _read,
+        "given_to": _given, "of_elements": _of_elements, "prose": prose, "read": _read,
         "statement": statement, "table": _table, **MAP_GLOBALS, **maps.GLOBALS,
     },
     reserved=_RESERVED | maps.RESERVED,

@@ -19,9 +19,9 @@ from kernelgen.config import (
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import Expr, walk
 from kernelgen.ir.layout import named_layout
-from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk
+from kernelgen.targets.base import Argument, Launch, Subject, Target, Walk, integer_codes
 from kernelgen.targets.codebook import codebook_argument
-from kernelgen.targets.printer import statement
+from kernelgen.targets.printer import prose, statement
 from kernelgen.targets.triton import attention, maps
 from kernelgen.targets.triton.dialect import POSITIONS, TENSORS, TILES, UNROLLED
 from kernelgen.targets.triton.steps import WARP, TensorSteps, padded, tensor_steps
@@ -155,12 +155,6 @@ def _used(steps: TensorSteps) -> tuple[Expr, ...]:
     return (*codes, *(word for _, word in steps.words))
 
 
-def _prose(text: str) -> str:
-    """Text of a format's author that can stand in a docstring."""
-    plain = " ".join(text.replace("\\", "\\\\").replace('"', "'").split())
-    return "\n".join(textwrap.wrap(plain, 100))
-
-
 def _parameters(arguments: tuple[Argument, ...], indent: int) -> str:
     """Names of arguments, in lines that are not too long."""
     names, margin = ", ".join(a.name for a in arguments), " " * indent
@@ -174,12 +168,6 @@ def _head(entry: str, arguments: tuple[Argument, ...]) -> str:
 
 
 # ---- walks ------------------------------------------------------------------------------------
-
-
-def _integer_codes(fmt: BlockFormat) -> str | None:
-    if fmt.float_codes:
-        return f"elements of {fmt.name} are floats, which have no integer dot product"
-    return None
 
 
 def _steps(fmt: BlockFormat, config: Config) -> TensorSteps:
@@ -238,7 +226,7 @@ def _product(op: str, precision: str, template: str, config: type[Config]) -> Wa
     return Walk(
         name=f"{op}_{precision}", op=op, precision=precision, template=template, config=config,
         arguments=(_W, *inputs, result, *_sizes("M", "N", "K")), symbols=_SYMBOLS,
-        applies=_integer_codes if precision == "int8" else lambda fmt: None,
+        applies=integer_codes if precision == "int8" else lambda fmt: None,
         steps=_steps, launch=_product_launch,
         needs=lambda config: ("quantize",) * (precision == "int8"), pairs=_pairs,
         operands=codebook_argument("i32"),
@@ -255,7 +243,7 @@ TARGET = Target(
         Walk(
             name="absmax", op="quantize", precision="int8", template="quantize.py.j2",
             config=ProgramBlocksConfig, arguments=(_X, *_quantized("out"), *_sizes("M", "K")),
-            symbols=_SYMBOLS, applies=_integer_codes, contract=False, steps=_steps,
+            symbols=_SYMBOLS, applies=integer_codes, contract=False, steps=_steps,
             launch=_quantize_launch, norms=True,
         ),
         _product("matvec", "int8", "matvec.py.j2", ProgramDotMatvecConfig),
@@ -272,7 +260,7 @@ TARGET = Target(
         "bare": _bare, "bracketed": _bracketed, "counts_rows": _counts_rows, "dense": _dense,
         "depth_of": depth_of, "dtypes": _DTYPES, "factor": _factor, "groups_of": groups_of,
         "head": _head, "parameters": _parameters,
-        "items_of": items_of, "meaning": _meaning, "padded": padded, "prose": _prose,
+        "items_of": items_of, "meaning": _meaning, "padded": padded, "prose": prose,
         "statement": statement, "sum_of": _sum_of, "unbiased": _unbiased, "unrolls": unrolls,
         "whole_offset": _whole_offset, **attention.GLOBALS, **maps.GLOBALS,
     },
