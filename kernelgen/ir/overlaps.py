@@ -112,7 +112,7 @@ def _flips(block: Array, bits: Array) -> Array:
 def _between(fmt: BlockFormat, one: _Integers, roles: Array) -> str | None:
     """Two integers that have a bit in common, but not all."""
     idle: dict[str, int] | None = None
-    for bit in np.flatnonzero((roles != _NOTHING).sum(axis=1) > 1):
+    for bit in np.flatnonzero((roles != _NOTHING).sum(axis=1) > 1).tolist():
         owners = np.flatnonzero(roles[bit] != _NOTHING)
         if (roles[bit, owners] == _MIXED).any() or len(set(roles[bit])) == 1:
             continue  # the latter is a switch for all
@@ -150,7 +150,7 @@ def _with_scale(fmt: BlockFormat, one: _Integers, roles: Array) -> str | None:
             values = np.broadcast_to(found, (len(own) + 1, fmt.groups)).astype(np.float32)
             changed = (values[:-1].view(np.uint32) != values[-1].view(np.uint32)).any(axis=1)
             if changed.any():
-                bit = own[changed.argmax()]
+                bit = int(own[changed.argmax()])
                 element = int(roles[bit].argmax())
                 return (
                     f"{_place(fmt, bit)} is bit {roles[bit, element]} of code({element}), and"
