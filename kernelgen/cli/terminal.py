@@ -27,6 +27,7 @@ from kernelgen import targets as target_list
 from kernelgen.errors import TargetError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.formats.families import FAMILIES
 from kernelgen.targets.base import Target
 from kernelgen.verify_epilogue import KINDS
 
@@ -35,12 +36,21 @@ Names = list[str] | None
 #: ops whose kernels are about arrays, not about a format
 OF_ARRAYS = ("map", "rows")
 
+#: stands for all formats of other ecosystems (docs/formats-in-planes.md)
+PLANES = "planes"
+
 #: options that several commands have; each may be repeated, or given a list with commas
 TargetNames = Annotated[
     Names, typer.Option("--target", metavar="T", help="Targets; all that are known by default.")
 ]
 FormatNames = Annotated[
-    Names, typer.Option("--format", metavar="F", help="Formats in any case; all by default.")
+    Names,
+    typer.Option(
+        "--format",
+        metavar="F",
+        help="Formats in any case; ggml's and yours by default, those of GPTQ, HQQ, FP8... by"
+        f" name, or all of them as {PLANES}.",
+    ),
 ]
 OpNames = Annotated[Names, typer.Option("--op", metavar="O", help="Ops; all by default.")]
 Variant = Annotated[
@@ -69,8 +79,10 @@ def split_names(given: Names) -> list[str]:
 
 
 def pick_formats(given: Names) -> list[BlockFormat]:
-    """Formats by name; all where none is given."""
-    names = split_names(given)
+    """Formats by name, of which `PLANES` is many; all but these where none is given."""
+    names = [
+        one for name in split_names(given) for one in (FAMILIES if name == PLANES else (name,))
+    ]
     return list(dict.fromkeys(map(format_list.get, names))) or list(format_list.formats())
 
 
