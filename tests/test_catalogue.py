@@ -50,8 +50,8 @@ def check_cells(target: str, *named: str) -> None:
     if len(reasons) == 1 and None not in reasons:
         pytest.skip(reasons.pop())
     able = {(cell["format"], cell["op"]) for cell in cells if cell["how"] != "none"}
-    wanted = {(fmt.name, op) for fmt in map(formats.get, {c["format"] for c in cells if c["decode"]})
-              for op in ops_of(fmt)}  # fmt: skip
+    known = map(formats.get, {cell["format"] for cell in cells if cell["decode"]})
+    wanted = {(fmt.name, op) for fmt in known for op in ops_of(fmt)}
     assert wanted - able == set() != wanted
     assert {cell["format"] for cell in cells if cell["notes"]} == set()  # nothing lane by lane
 
