@@ -12,7 +12,7 @@ from rich.syntax import Syntax
 
 from kernelgen import api
 from kernelgen import targets as target_list
-from kernelgen.cli import dispatching, stages
+from kernelgen.cli import dispatching, format_files, stages
 from kernelgen.cli.terminal import (
     OF_ARRAYS,
     AsJson,
@@ -30,7 +30,6 @@ from kernelgen.cli.terminal import (
 )
 from kernelgen.errors import ConfigError, TargetError
 from kernelgen.generate import generate_walk
-from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention
@@ -265,7 +264,7 @@ def show(
     if op in OF_ARRAYS:
         made = _map_kernel(op, format, manifest, _parsed(config))
     else:
-        fmt = format_list.get(format)
+        fmt = format_files.format_of(format)
         chosen = choose_precision(precision, fmt)
         made = api.kernel(op, fmt, manifest.name, _parsed(config) or None, chosen)
         for kind in pick_kinds([epilogue] if epilogue else None):

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kernelgen import targets as target_list
+from kernelgen.cli import format_files
 from kernelgen.errors import TargetError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
@@ -48,8 +49,8 @@ FormatNames = Annotated[
     typer.Option(
         "--format",
         metavar="F",
-        help="Formats in any case; ggml's and yours by default, those of GPTQ, HQQ, FP8... by"
-        f" name, or all of them as {PLANES}.",
+        help="Formats in any case, or a file that describes yours; ggml's and installed ones by"
+        f" default, those of GPTQ, HQQ, FP8... by name, or all of them as {PLANES}.",
     ),
 ]
 OpNames = Annotated[Names, typer.Option("--op", metavar="O", help="Ops; all by default.")]
@@ -83,7 +84,8 @@ def pick_formats(given: Names) -> list[BlockFormat]:
     names = [
         one for name in split_names(given) for one in (FAMILIES if name == PLANES else (name,))
     ]
-    return list(dict.fromkeys(map(format_list.get, names))) or list(format_list.formats())
+    found = [fmt for name in names for fmt in format_files.formats_of(name)]
+    return list(dict.fromkeys(found)) or list(format_list.formats())
 
 
 def pick_ops(given: Names, known: Sequence[str]) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ def get(name: str) -> BlockFormat:
         raise FormatError(
             f"format {name!r} is not known; known are {', '.join(f.name for f in formats())}, and"
             " families such as int4_g128 and nf4_g64 (docs/formats-in-planes.md);"
-            " describe others with kernelgen.register_format"
+            " describe others with kernelgen.register_format (docs/add-a-format.md)"
         )
     return found
 
