@@ -41,7 +41,7 @@ def test_a_layer_of_pytorch(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("iq3_xxs", "numpy"), *(pytest.param(one, "c", marks=pytest.mark.slow) for one in QUANTIZED)],
+    [("tq2_0", "numpy"), *(pytest.param(one, "c", marks=pytest.mark.slow) for one in QUANTIZED)],
 )
 def test_a_model_whose_matrices_have_the_format(name: str, target: str, tmp_path: Path) -> None:
     """Logits are those of the same model with its values as floats."""
