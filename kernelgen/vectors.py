@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kernelgen.errors import FileError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.encode import put_half
+from kernelgen.ir.encode import CODE, bit_positions, code_table, is_shuffled, put_half, scatter
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import Field, var
 
@@ -69,6 +69,7 @@ def _of_all(fmt: BlockFormat, expr: Any, index: str, count: int, blocks: Array) 
 def _cases(fmt: BlockFormat) -> list[tuple[str, Array]]:
     rng = np.random.default_rng(0)
     random = _tame(fmt, rng.integers(0, 256, (RANDOM, fmt.nbytes), np.uint8), rng)
+    _give_numbers(fmt, random, rng)
     found = [("random", random)]
     for byte in (0x00, 0xFF, 0x80, 0x7F, 0x55, 0xAA):
         alike = np.full((1, fmt.nbytes), byte, np.uint8)
@@ -108,6 +109,19 @@ def _tame(
     for name in fmt.halves:
         put_half(fmt, made, name, rng.uniform(-1, 1, count) if only is None else np.ones(count))
     return made
+
+
+def _give_numbers(fmt: BlockFormat, blocks: Array, rng: np.random.Generator) -> None:
+    """Where codes are floats some of which are infinite or no number, write random other ones into
+    the blocks: of long blocks hardly one would be without."""
+    values = code_table(fmt) if fmt.float_codes else None
+    if values is None or np.isfinite(values).all() or not is_shuffled(fmt):
+        return
+    place = bit_positions(fmt)[CODE]
+    for at in place.position.ravel():
+        blocks[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
+    usable = np.flatnonzero(np.isfinite(values))
+    scatter(blocks, rng.choice(usable, (len(blocks), fmt.block)), place)
 
 
 def write(fmt: BlockFormat, out: Path) -> list[Path]:

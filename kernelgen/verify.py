@@ -15,6 +15,7 @@ from kernelgen.config import Config
 from kernelgen.errors import FormatError, KernelgenError, TargetError
 from kernelgen.generate import generate, generate_walk
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.coverage import blocks_to_cover, with_every_row
 from kernelgen.ir.encode import put_half
 from kernelgen.ir.ops import Activations, matmul, quantize_activations
 from kernelgen.ir.ops.matmul import SMALLEST
@@ -126,11 +127,15 @@ def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: 
 
 
 def cases(op: str, fmt: BlockFormat) -> Iterator[tuple[int, int, int]]:
-    """Shapes (M, N, K): K of one block, of an odd number of blocks, and of many elements."""
+    """Shapes (M, N, K): K of one block, of an odd number of blocks, and of many elements; and one
+    in which all rows of a grid come up, where codes are from one."""
     many = max(3, -(-1536 // fmt.block)) * fmt.block
     for m, n in _SHAPES[op]:
         for k in dict.fromkeys((fmt.block, 3 * fmt.block, many)):
             yield m, n, k
+    rows = -(-blocks_to_cover(fmt) * fmt.block // many)
+    if op != "quantize" and rows > max(n for _, n in _SHAPES[op]):
+        yield (rows if op == "get_rows" else _SHAPES[op][-1][0]), rows, many
 
 
 def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
@@ -141,7 +146,7 @@ def check(kernel: Kernel, runtime: Runtime, m: int, n: int, k: int) -> float:
         return relative_error(runtime.dequantize(kernel, w), w.dequantize())
     if kernel.op == "get_rows":
         w = QuantTensor(fmt, (n, k), random_blocks(fmt, n, k))
-        ids = np.random.default_rng(m).integers(0, n, m)
+        ids = np.random.default_rng(m).permutation(m) % n
         return relative_error(runtime.get_rows(kernel, w, ids), w.dequantize()[ids])
     # rows of very different size say little where only a few bits are kept
     x = activations(m, k, extremes=kernel.precision not in ("fp16", "bf16"))
@@ -225,7 +230,7 @@ def random_blocks(fmt: BlockFormat, n: int, k: int) -> Array:
     for one in fmt.layout_fields:
         if one.storage.name in ("f16", "f32"):
             fields[one.name] = rng.uniform(-1, 1, fields[one.name].shape)
-    made = fmt.join(fields)
+    made = with_every_row(fmt, fmt.join(fields))
     for name in fmt.halves:
         put_half(fmt, made, name, rng.uniform(-1, 1, len(made)))
     return made.reshape(n, -1)
@@ -233,10 +238,11 @@ def random_blocks(fmt: BlockFormat, n: int, k: int) -> Array:
 
 @functools.lru_cache(maxsize=256)
 def _sample(fmt: BlockFormat, n: int, k: int) -> Array:
-    """Blocks drawn from a pool of a few thousand elements: some quantizers take their time."""
+    """Blocks drawn from a pool of a few thousand elements, as some quantizers take their time; of
+    a grid all rows come up."""
     pool = _pool(fmt)
     chosen = np.random.default_rng(n * k).integers(0, len(pool), n * (k // fmt.block))
-    return pool[chosen].reshape(n, -1)
+    return with_every_row(fmt, pool[chosen]).reshape(n, -1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,10 +24,12 @@ from kernelgen.errors import FormatError
 from kernelgen.files import contents, kernels
 from kernelgen.ir import formats
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.encode import code_index, code_table
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import U32, Table, const, negate, table, var
 from kernelgen.starter import starter
 from kernelgen.vectors import RANDOM, vectors
+from tests.test_formats_in_planes import ONE_OF_EACH
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +56,22 @@ def test_vectors_fit_together(fmt: BlockFormat) -> None:
     if fmt.offset is not None:
         again = again + np.repeat(found["offsets"], fmt.group, axis=1)
     assert np.array_equal(again.view(np.uint32), found["values"].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_vectors_of_planes(name: str) -> None:
+    """Of floats, too, hardly a random block is left out, and all numbers come up."""
+    fmt = formats.get(name)
+    found = vectors(fmt)
+    assert (found["case"] == "random").sum() > 0.9 * RANDOM
+    assert np.isfinite(found["values"]).all()
+    assert np.array_equal(fmt.decode(found["blocks"]).view(np.uint32),
+                          found["values"].view(np.uint32))  # fmt: skip
+    numbers = code_table(fmt) if fmt.float_codes else None
+    if numbers is not None:
+        stored = evaluate(code_index(fmt, var("i", fmt.block)), {"i": np.arange(fmt.block)},
+                          fmt.split(found["blocks"]))  # fmt: skip
+        assert set(np.unique(stored)) >= set(np.flatnonzero(np.isfinite(numbers)).tolist())
 
 
 @pytest.mark.parametrize("name", ["q4_0", "iq2_xxs", "iq1_m", "mxfp4"])

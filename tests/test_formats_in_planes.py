@@ -250,9 +250,6 @@ SAMPLE = {
     "opencl": (("hqq3_g32",), ("dequantize", "get_rows")),
     "triton": (("nf4_g64",), ("dequantize",)),
 }
-#: seconds in an emulator or interpreter are many: one of each shape of description there
-EVERYWHERE = ("uint3_g32", "int8_g32", "hqq4_g64_f32", "nf4_g64", "fp8_e4m3_g128", "mxfp6_e2m3",
-              "mxfp6_e3m2", "mxfp8_e5m2", "int3_g8")  # fmt: skip
 
 
 def problems(target: str, name: str, ops: tuple[str, ...] = ()) -> list[Any]:
@@ -276,15 +273,8 @@ def test_a_sample_of_kernels(target: str, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-@pytest.mark.parametrize("target", ["numpy", "c", "opencl"])
-def test_all_kernels_here(target: str, name: str) -> None:
-    assert problems(target, name) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVERYWHERE)
-@pytest.mark.parametrize("target", ["wgsl", "triton", "cuda", "metal"])
-def test_all_kernels_elsewhere(target: str, name: str) -> None:
+@pytest.mark.parametrize("target", targets.NAMES)
+def test_all_kernels(target: str, name: str) -> None:
     assert problems(target, name) == []
 
 

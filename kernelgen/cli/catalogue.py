@@ -12,7 +12,7 @@ from rich.syntax import Syntax
 
 from kernelgen import api
 from kernelgen import targets as target_list
-from kernelgen.cli import dispatching, stages
+from kernelgen.cli import dispatching, format_files, stages
 from kernelgen.cli.terminal import (
     OF_ARRAYS,
     AsJson,
@@ -30,7 +30,6 @@ from kernelgen.cli.terminal import (
 )
 from kernelgen.errors import ConfigError, TargetError
 from kernelgen.generate import generate_walk
-from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention
@@ -267,9 +266,9 @@ def show(
     if op in OF_ARRAYS:
         made = _map_kernel(op, format, manifest, values)
     elif op in _OF_HEADS:
-        made = _attention_kernel(op, format_list.get(format), manifest, precision, values)
+        made = _attention_kernel(op, format_files.format_of(format), manifest, precision, values)
     else:
-        fmt = format_list.get(format)
+        fmt = format_files.format_of(format)
         chosen = _precision(op, fmt, manifest, precision)
         made = api.kernel(op, fmt, manifest.name, values or None, chosen)
     if epilogue:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import typer
 
 from kernelgen import api
+from kernelgen.cli import format_files
 from kernelgen.cli.terminal import AsJson, console, print_json, progress_bar, table
 from kernelgen.errors import FileError, KernelgenError, ShapeError
 from kernelgen.gguf_files import Metadata
-from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.tensor import QuantTensor, human_bytes
 
@@ -97,7 +97,7 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize the float matrices of a file; everything else in a GGUF file is kept as it is."""
-    fmt = format_list.get(format)
+    fmt = format_files.format_of(format)
     if not out.absolute().parent.is_dir():
         raise FileError(f"{out} cannot be written: its folder does not exist; make it first")
     weights = None if importance is None else _load(importance)

@@ -24,9 +24,11 @@ from rich.progress import (
 from rich.table import Table
 
 from kernelgen import targets as target_list
+from kernelgen.cli import format_files
 from kernelgen.errors import TargetError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
+from kernelgen.ir.formats.families import FAMILIES
 from kernelgen.targets.base import Target
 from kernelgen.verify_epilogue import KINDS
 
@@ -35,12 +37,21 @@ Names = list[str] | None
 #: ops whose kernels are about arrays, not about a format
 OF_ARRAYS = ("map", "rows")
 
+#: stands for all formats of other ecosystems (docs/formats-in-planes.md)
+PLANES = "planes"
+
 #: options that several commands have; each may be repeated, or given a list with commas
 TargetNames = Annotated[
     Names, typer.Option("--target", metavar="T", help="Targets; all that are known by default.")
 ]
 FormatNames = Annotated[
-    Names, typer.Option("--format", metavar="F", help="Formats in any case; all by default.")
+    Names,
+    typer.Option(
+        "--format",
+        metavar="F",
+        help="Formats in any case, or a file that describes yours; ggml's and installed ones by"
+        f" default, those of GPTQ, HQQ, FP8... by name, or all of them as {PLANES}.",
+    ),
 ]
 OpNames = Annotated[Names, typer.Option("--op", metavar="O", help="Ops; all by default.")]
 Variant = Annotated[
@@ -69,9 +80,12 @@ def split_names(given: Names) -> list[str]:
 
 
 def pick_formats(given: Names) -> list[BlockFormat]:
-    """Formats by name; all where none is given."""
-    names = split_names(given)
-    return list(dict.fromkeys(map(format_list.get, names))) or list(format_list.formats())
+    """Formats by name, of which `PLANES` is many; all but these where none is given."""
+    names = [
+        one for name in split_names(given) for one in (FAMILIES if name == PLANES else (name,))
+    ]
+    found = [fmt for name in names for fmt in format_files.formats_of(name)]
+    return list(dict.fromkeys(found)) or list(format_list.formats())
 
 
 def pick_ops(given: Names, known: Sequence[str]) -> tuple[str, ...]:

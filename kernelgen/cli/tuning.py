@@ -17,7 +17,7 @@ from kernelgen import api
 from kernelgen import targets as target_list
 from kernelgen.api_fused import launches_of
 from kernelgen.bench import busy
-from kernelgen.cli import caching, dispatching
+from kernelgen.cli import caching, dispatching, format_files
 from kernelgen.cli.terminal import (
     AsJson,
     FormatNames,
@@ -439,7 +439,7 @@ def explain(
     manifest = target_list.get(target or api.default_target())
     runtime = _runtime(manifest, isa)
     asked = Asked(precision=precision, max_error=max_error, objective=objective)
-    problem = problem_of(op, format_list.get(format), shape, asked)
+    problem = problem_of(op, format_files.format_of(format), shape, asked)
     choice = lookup.choose_for(manifest, runtime, problem)
     others = [
         found for found in lookup.search(manifest, runtime, problem)

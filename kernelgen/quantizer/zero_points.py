@@ -7,7 +7,7 @@ both ends the one of least squared error is taken.
 A float zero point is found by HQQ's half-quadratic solver (https://mobiusml.github.io/hqq_blog/):
 with the scale fixed, zero is solved for again and again after the few largest errors were set
 aside, which makes the sum of |error|**0.7 small.  Of several scales, too, the one of least squared
-error is taken.
+error is taken; from there both are solved for with codes fixed, as long as the error falls.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ SHRINKS = np.linspace(1, 0.55, 10, dtype=np.float32)
 
 #: HQQ: iterations, norm, first weight of the quadratic term and its growth
 ITERATIONS, NORM, BETA, KAPPA = 20, 0.7, 10.0, 1.01
+
+#: how often scale and float zero point are solved for with codes fixed
+REFINEMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,19 @@ def _to_nearest(found: ZeroPoint, x: Array, w: Array | None) -> tuple[Array, Arr
         s = _stored(found.scale, (high / found.largest - low / found.largest) * shrink)
         at = np.rint(ratio(-low * shrink, s.astype(np.float32)))
         z = np.clip(at, 0, found.largest).astype(np.int64)
-        error = _error(x, w, _codes(found, x, s, z), s, z)
-        better = error < best
-        for kept, new in ((best, error), (scale, s), (zero, z)):
-            np.copyto(kept, new, where=better)
+        _keep_better(found, x, w, (best, scale, zero), (s, z))
     return scale, zero
+
+
+def _keep_better(
+    found: ZeroPoint, x: Array, w: Array | None, kept: tuple[Array, Array, Array],
+    new: tuple[Array, Array],
+) -> None:  # fmt: skip
+    """Where another scale and zero point err less, take them and their error into `kept`."""
+    error = _error(x, w, _codes(found, x, *new), *new)
+    better = error < kept[0]
+    for old, one in zip(kept, (error, *new), strict=True):
+        np.copyto(old, one, where=better)
 
 
 def _half_quadratic(found: ZeroPoint, x: Array, w: Array | None) -> tuple[Array, Array]:
@@ -125,11 +136,32 @@ def _half_quadratic(found: ZeroPoint, x: Array, w: Array | None) -> tuple[Array,
         middle = ratio(low / 2 + high / 2, s.astype(np.float32))
         z = np.where(flat, 1 - np.sign(low), found.largest / 2 - middle)
         z = _solve_zero(found, x, w, s, z)
-        error = _error(x, w, _codes(found, x, s, z), s, z)
-        better = error < best
-        for kept, new in ((best, error), (scale, s), (zero, z)):
-            np.copyto(kept, new, where=better)
+        _keep_better(found, x, w, (best, scale, zero), (s, z))
+    for _ in range(REFINEMENTS):
+        s, z = _solve_both(found, x, w, scale, zero)
+        _keep_better(found, x, w, (best, scale, zero), (s, z))
     return scale, zero
+
+
+def _solve_both(
+    found: ZeroPoint, x: Array, w: Array | None, scale: Array, zero: Array
+) -> tuple[Array, Array]:
+    """Scale and zero point of least squared error for the codes that these two give, as stored."""
+    codes = _codes(found, x, scale, zero).astype(np.float64)
+    counted = np.ones_like(codes) if w is None else w.astype(np.float64)
+
+    def total(a: Array) -> Array:
+        return np.asarray(a.sum(axis=1, keepdims=True))
+
+    n, c, cc = total(counted), total(counted * codes), total(counted * codes * codes)
+    sx, sxc = total(counted * x), total(counted * codes * x)
+    det = n * cc - c * c
+    steps = ratio(n * sxc - sx * c, det)
+    able = (det > 1e-9 * n * cc) & (steps > 0)  # else codes are all alike
+    stored = np.where(able, _stored(found.scale, steps), scale)
+    wide = stored.astype(np.float64)
+    middle = np.where(able, ratio(wide * c - sx, wide * n), zero.astype(np.float64))
+    return stored, _stored(found.zero, middle)
 
 
 def _solve_zero(found: ZeroPoint, x: Array, w: Array | None, scale: Array, zero: Array) -> Array:

@@ -208,6 +208,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "nf4_nested": lambda: bitsandbytes("nf4", True, 64, 136),
     "nf4": lambda: bitsandbytes("nf4", False, 256, k=256),
     "fp4": lambda: bitsandbytes("fp4", False, 64),
+    "fp4_nested": lambda: bitsandbytes("fp4", True, 64, 136),
     "packed_4": lambda: compressed(
         "pack-quantized", num_bits=4, type="int", symmetric=True, strategy="group", group_size=32
     ),

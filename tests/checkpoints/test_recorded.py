@@ -20,6 +20,7 @@ FORMATS = {
     "gptq_4_symmetric": "int4_g64", "gptq_8": "uint8_g128", "awq": "uint4_g64",
     "hqq_1": "hqq2_g32", "hqq_2": "hqq2_g16", "hqq_3": "hqq3_g64_f32", "hqq_4": "hqq4_g32",
     "hqq_8": "hqq8_g128", "nf4_nested": "nf4_g64", "nf4": "nf4_g128", "fp4": "fp4_g64",
+    "fp4_nested": "fp4_g64",
     "packed_4": "int4_g32_f32", "packed_4_zero": "uint4_g64_f32", "packed_3": "uint3_g32_f32",
     "packed_8": "int8_g128_f32", "packed_6": "uint8_g128_f32", "int_8": "uint8_g128_f32",
     "float_8": "fp8_e4m3_g128", "float_8_tensor": "fp8_e4m3_g128",

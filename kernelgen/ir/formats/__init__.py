@@ -30,6 +30,7 @@ from kernelgen.ir.formats.grids import (
 from kernelgen.ir.formats.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_K
 from kernelgen.ir.formats.simple import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q8_1
 from kernelgen.ir.formats.ternary import Q1_0, Q2_0, TQ1_0, TQ2_0
+from kernelgen.ir.overlaps import overlap
 
 FORMATS: tuple[BlockFormat, ...] = (
     F32, F16, BF16,
@@ -60,7 +61,7 @@ def get(name: str) -> BlockFormat:
         raise FormatError(
             f"format {name!r} is not known; known are {', '.join(f.name for f in formats())}, and"
             " families such as int4_g128 and nf4_g64 (docs/formats-in-planes.md);"
-            " describe others with kernelgen.register_format"
+            " describe others with kernelgen.register_format (docs/add-a-format.md)"
         )
     return found
 
@@ -111,6 +112,9 @@ def register(fmt: BlockFormat) -> BlockFormat:
             f" whatever the bytes are: code(i) = {show(fmt.code_expr(var('i', fmt.block)))}; see"
             " whether an index or a shift leaves out a part of i"
         )
+    wrong = overlap(fmt)
+    if wrong is not None:
+        raise FormatError(f"format {fmt.name}: {wrong}")
     _by_name[fmt.name.lower()] = fmt
     return fmt
 
