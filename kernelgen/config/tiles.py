@@ -14,15 +14,15 @@ class TileAttentionConfig(Config):
     queries   rows that a thread has at once: positions times heads that share a head of K and V;
               their results and a span of K and V are to fit a core's second cache
     rows      of these, those that share what is loaded of a span, and
-    keys      keys of a span: a softmax goes over both at once, and the scores are to fit a core's
-              first cache
+    keys      keys of a span: a softmax goes over both at once, and the scores are to fit the same
+              cache
     few       up to so many rows take no tiles, and their keys are shared out to the threads where
               heads are too few for them
     """
 
     queries: int = choice(256, 32, 64, 128, 256, 512)
     rows: int = choice(64, 32, 64, 128)
-    keys: int = choice(256, 64, 128, 256, 512)
+    keys: int = choice(512, 64, 128, 256, 512)
     few: int = choice(8, 0, 4, 8, 16)
 
     def legal(self, caps: Capabilities) -> str | None:
