@@ -55,7 +55,7 @@ _RESERVED = frozenset(
     "of_batch of_groups offset out own p pack pack_keys pack_row pack_span pack_values packed "
     "packed_here pairs pairs_of_rows part part0 part1 partial partial_seed parts place prefetch "
     "prefetch_part prefetch_written prepare products ptrdiff_t put q q_hi q_lo quantize_block "
-    "query_elements r register repacked rest restrict return rintf rounded row row_bytes row_of "
+    "query_elements r r0 register repacked rest restrict return rintf rounded row row_bytes row_of "
     "rows rows_and_span rows_f16 rows_f32 rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 "
     "s scale score scratch seeds short shrink signed sin size_t sizeof some spans splat_f32 "
     "splat_i32 splat_u32 split splits spread spread1 sqrt states static steps store store_bytes "
@@ -64,8 +64,8 @@ _RESERVED = frozenset(
     "tile_of tile_store tile_zero tiles tiles_allowed tiles_begin tiles_end to to_f32 to_i32 "
     "to_nearest together top tops tops_of total totals turn typedef u u16_at u32_at u32v uint16_t "
     "uint32_t uint8_t uintptr_t union unit unseen unsigned unsigned_to_f32 upper v value "
-    "value_elements value_row values void volatile w weigh weigh_rows weight weights while whole "
-    "whole_bytes wide widen width words wt x x2 xd xm xq xs y ym".split()
+    "value_elements value_row values void volatile w weigh weigh_row weigh_rows weight weights "
+    "while whole whole_bytes wide widen width words wt x x2 xd xm xq xs y ym".split()
 )
 
 
