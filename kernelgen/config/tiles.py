@@ -22,7 +22,7 @@ class TileAttentionConfig(Config):
 
     queries: int = choice(256, 32, 64, 128, 256, 512)
     rows: int = choice(64, 32, 64, 128)
-    keys: int = choice(512, 64, 128, 256, 512)
+    keys: int = choice(1024, 64, 128, 256, 512, 1024)
     few: int = choice(8, 0, 4, 8, 16)
 
     def legal(self, caps: Capabilities) -> str | None:
@@ -30,6 +30,14 @@ class TileAttentionConfig(Config):
         if self.rows > self.queries:
             return f"{self.rows} rows at once; a thread has {self.queries}"
         return None
+
+
+@dataclass(frozen=True)
+class PartAttentionConfig(TileAttentionConfig):
+    """The same for numbers that are sums of three: their tiles of weights and values take more of
+    the cache."""
+
+    keys: int = choice(512, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)

@@ -165,10 +165,10 @@ def test_heads_are_shared_out(lengths: bool) -> None:
     one = dataclasses.replace(kind("sinks", "q8_0", "f16", 64), lengths=lengths)
     runtime = machine("amx")
     for heads in (1, 4 * threads()):
-        q, k, v = tensors(one, 40, 600, 2, heads)
-        arrays = arrays_of(one, q.shape[1], 600)
+        q, k, v = tensors(one, 40, 1100, 2, heads)
+        arrays = arrays_of(one, q.shape[1], 1100)
         if lengths:
-            arrays["lengths"] = np.array([600, 30], np.int32)
+            arrays["lengths"] = np.array([1100, 30], np.int32)
         want = reference(one, q, k.dequantize(), v.dequantize(), arrays)
         assert relative_error(run(runtime, one, "fp32", q, k, v, arrays), want) <= BOUND
 
