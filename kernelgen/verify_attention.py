@@ -44,8 +44,9 @@ MANY_QUERIES = 1024
 #: keys beyond the queries, when a cache is there
 _CACHED = 100
 
-#: up to so many queries there are two batches, which some masks tell apart; one saves time
-_TWO_BATCHES = 64
+#: up to so many queries there are two batches, which some masks tell apart, and four heads; with
+#: more, one batch and as few heads as tell heads apart, which saves time
+_FEW_QUERIES = 64
 
 
 def _soft_cap(s: Expr, b: Expr, h: Expr, q: Expr, k: Expr) -> Expr:
@@ -163,7 +164,10 @@ def _one(
 
 
 def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int, precision: str) -> float:
-    q, k, v, arrays, wanted = _case(variant, kind, t, s, precision)
+    q, k, v, arrays = _inputs(variant, kind, t, s)
+    # as a precision sees the inputs, and as they are, which is right as well: for few queries some
+    # walks round nothing
+    wanted = [_wanted(variant, kind, t, s, one) for one in dict.fromkeys((precision, "fp32"))]
     y = np.full(wanted[0].shape, np.nan, np.float32)  # what is not written stays visible
     run(q, k, v, arrays, y)
     return min(_relative(y, want) for want in wanted)
@@ -179,13 +183,13 @@ def _relative(y: Array, want: Array) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _case(
-    variant: Variant, kind: Attention, t: int, s: int, precision: str
-) -> tuple[Array, QuantTensor, QuantTensor, Mapping[str, Array], tuple[Array, ...]]:
-    """Inputs of one or two batches and four heads, and what they give: as a precision sees them,
-    and as they are, which is right as well: for few queries some walks round nothing."""
+def _inputs(
+    variant: Variant, kind: Attention, t: int, s: int
+) -> tuple[Array, QuantTensor, QuantTensor, Mapping[str, Array]]:
+    """Queries, keys, values, and what else the kind reads."""
     rng = np.random.default_rng(1000 * t + s)
-    batches, heads = 2 if t <= _TWO_BATCHES else 1, 4
+    few = t <= _FEW_QUERIES
+    batches, heads = (2, 4) if few else (1, max(2, variant.sharing))
     shared = (batches, heads // variant.sharing, s)
     arrays: dict[str, Array] = {}
     if kind.lengths:
@@ -201,11 +205,14 @@ def _case(
     v = quantize(rng.standard_normal((*shared, kind.value_dim), np.float32), kind.v)
     if variant.operands:
         arrays["slopes"] = (2.0 ** -np.arange(1, heads + 1)).astype(np.float32)
-    sinks = rng.standard_normal(heads).astype(np.float32) if variant.sinks else None
-    wanted = []
-    for one in dict.fromkeys((precision, "fp32")):
-        seen_q, seen_k, seen_v = (rounded(x, one) for x in (q, k.dequantize(), v.dequantize()))
-        wanted.append(ops.attention(kind, seen_q, seen_k, seen_v, arrays, sinks))
-    if sinks is not None:
-        arrays["sinks"] = sinks
-    return q, k, v, arrays, tuple(wanted)
+    if variant.sinks:
+        arrays["sinks"] = rng.standard_normal(heads).astype(np.float32)
+    return q, k, v, arrays
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted(variant: Variant, kind: Attention, t: int, s: int, precision: str) -> Array:
+    """The reference's results of these inputs in a precision."""
+    q, k, v, arrays = _inputs(variant, kind, t, s)
+    q, keys, values = (rounded(x, precision) for x in (q, k.dequantize(), v.dequantize()))
+    return ops.attention(kind, q, keys, values, arrays, arrays.get("sinks"))

@@ -14,15 +14,15 @@ class TileAttentionConfig(Config):
     queries   rows that a thread has at once: positions times heads that share a head of K and V;
               their results and a span of K and V are to fit a core's second cache
     rows      of these, those that share what is loaded of a span, and
-    keys      keys of a span: a softmax goes over both at once, and the scores are to fit a core's
-              first cache
+    keys      keys of a span: a softmax goes over both at once, and the scores are to fit the same
+              cache
     few       up to so many rows take no tiles, and their keys are shared out to the threads where
               heads are too few for them
     """
 
     queries: int = choice(256, 32, 64, 128, 256, 512)
     rows: int = choice(64, 32, 64, 128)
-    keys: int = choice(256, 64, 128, 256, 512)
+    keys: int = choice(1024, 64, 128, 256, 512, 1024)
     few: int = choice(8, 0, 4, 8, 16)
 
     def legal(self, caps: Capabilities) -> str | None:
@@ -30,6 +30,14 @@ class TileAttentionConfig(Config):
         if self.rows > self.queries:
             return f"{self.rows} rows at once; a thread has {self.queries}"
         return None
+
+
+@dataclass(frozen=True)
+class PartAttentionConfig(TileAttentionConfig):
+    """The same for numbers that are sums of three: their tiles of weights and values take more of
+    the cache."""
+
+    keys: int = choice(512, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ Nothing here parses C++.  It tells code from comments and literals, and matches 
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernelgen.emulator.compiler import EmulatorError
 
@@ -23,8 +25,7 @@ _TOKEN = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A word, a sign or a literal, and where it lies in the text."""
 
     kind: str
@@ -33,7 +34,8 @@ class Token:
     end: int
 
 
-def tokens(source: str) -> list[Token]:
+@functools.lru_cache(maxsize=64)
+def tokens(source: str) -> tuple[Token, ...]:
     """The tokens of a text without comments and white space."""
     found = []
     for match in _TOKEN.finditer(source):
@@ -42,10 +44,10 @@ def tokens(source: str) -> list[Token]:
             kind = "text"
         if kind != "skip" and not match[0].isspace() and match[0] != "\\":
             found.append(Token(kind, match[0], match.start(), match.end()))
-    return found
+    return tuple(found)
 
 
-def _closing(found: list[Token], at: int) -> int:
+def _closing(found: Sequence[Token], at: int) -> int:
     """The index of the bracket that closes the one at `at`."""
     depth = 0
     for i in range(at, len(found)):
@@ -56,7 +58,7 @@ def _closing(found: list[Token], at: int) -> int:
     return len(found) - 1
 
 
-def _split(found: list[Token], separator: str) -> list[list[Token]]:
+def _split(found: Sequence[Token], separator: str) -> list[list[Token]]:
     """Parts between separators that no bracket encloses; none if there is nothing."""
     parts: list[list[Token]] = [[]]
     depth = 0
@@ -70,7 +72,7 @@ def _split(found: list[Token], separator: str) -> list[list[Token]]:
     return parts if found else []
 
 
-def _slice(source: str, found: list[Token]) -> str:
+def _slice(source: str, found: Sequence[Token]) -> str:
     return source[found[0].start : found[-1].end] if found else ""
 
 
@@ -125,7 +127,7 @@ def _expanded(text: str, macros: _Macros, depth: int = 0) -> str:
     return "".join(pieces) + text[copied:]
 
 
-def _operand(text: str, found: list[Token], is_output: bool, line: int) -> str:
+def _operand(text: str, found: Sequence[Token], is_output: bool, line: int) -> str:
     constraint = found[0].value.strip('"')
     kind = constraint.strip("=+&")
     if found[0].kind != "text" or kind not in tuple("rlfdhn"):
@@ -135,7 +137,7 @@ def _operand(text: str, found: list[Token], is_output: bool, line: int) -> str:
     return f"::emu::{function}<'{kind}'>{_slice(text, found[1:])}"
 
 
-def _asm_call(source: str, inside: list[Token], line: int, macros: _Macros) -> str:
+def _asm_call(source: str, inside: Sequence[Token], line: int, macros: _Macros) -> str:
     sections = _split(inside, ":")
     text = _slice(source, sections[0])
     operands = []
@@ -152,7 +154,7 @@ def _asm_call(source: str, inside: list[Token], line: int, macros: _Macros) -> s
     return call.replace("\n", " ") if "\n" not in text else call
 
 
-def _extern_shared(found: list[Token], i: int) -> int:
+def _extern_shared(found: Sequence[Token], i: int) -> int:
     """Where the declaration of an extern __shared__ array that begins at `i` ends, else 0."""
     if found[i].value != "extern" or i + 1 == len(found) or found[i + 1].kind != "word":
         return 0
@@ -178,7 +180,7 @@ def dynamic_offset(source: str) -> int:
     return alignment if alignment < 1024 else 0
 
 
-def _check_clusters(source: str, found: list[Token]) -> None:
+def _check_clusters(source: str, found: Sequence[Token]) -> None:
     """Raises where a kernel asks for clusters of several blocks."""
     for i, token in enumerate(found):
         if token.value == "__cluster_dims__" and token.kind == "word":
@@ -258,7 +260,7 @@ class Entry:
         return tuple(p.name for p in self.declared if not p.attribute)
 
 
-def _parameter(source: str, found: list[Token]) -> Parameter:
+def _parameter(source: str, found: Sequence[Token]) -> Parameter:
     attribute = ""
     end = len(found)
     for i, token in enumerate(found):
@@ -273,7 +275,7 @@ def _parameter(source: str, found: list[Token]) -> Parameter:
     return Parameter(found[words[-1]].value, type_text, attribute)
 
 
-def _is_template(found: list[Token], at: int) -> bool:
+def _is_template(found: Sequence[Token], at: int) -> bool:
     """Whether the declaration that a token is in is a template or an instance of one."""
     while at > 0 and found[at - 1].value not in (";", "{", "}"):
         at -= 1

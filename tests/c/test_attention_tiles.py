@@ -20,7 +20,7 @@ from kernelgen.ir import formats
 from kernelgen.ir.ops.attention import Attention, attention, trace
 from kernelgen.problem import relative_error, rounded, tolerance
 from kernelgen.targets.base import Runtime, Walk
-from kernelgen.targets.c.runtime import CRuntime, Isa, isa_named
+from kernelgen.targets.c.runtime import CRuntime, Isa, isa_named, threads
 from kernelgen.tensor import QuantTensor
 from tests.c.attention_kinds import BOUND, CASES, Array, arrays_of, kind, reference, tensors
 from tests.c.machines import find_clang, here
@@ -125,7 +125,8 @@ def test_skipped_tiles_are_not_read() -> None:
     one, runtime = kind("window", "f32", "f32", 64), machine("amx")
     q, k, v = tensors(one, 64, 1500, 4)
     want = reference(one, q, k.dequantize(), v.dequantize(), {})
-    unseen = (1500 - 64 - 32) // 256 * 256  # whole spans that no query sees
+    span = TileAttentionConfig().keys
+    unseen = (1500 - 64 - 32) // span * span  # whole spans that no query sees
     poisoned = []
     for x in (k, v):
         data = x.dequantize()
@@ -156,6 +157,20 @@ def test_rows_that_see_nothing_are_zero() -> None:
     rows = np.arange(40) % 3 == 0
     got = run(runtime, some, "bf16", *tensors(some, 40, 40, 1), {})
     assert (got[:, :, rows] == 0).all() and got[:, :, ~rows].any(axis=-1).all()
+
+
+@pytest.mark.parametrize("lengths", (False, True))
+def test_heads_are_shared_out(lengths: bool) -> None:
+    """Many, so that each thread has some of its own, and few, which threads have together."""
+    one = dataclasses.replace(kind("sinks", "q8_0", "f16", 64), lengths=lengths)
+    runtime = machine("amx")
+    for heads in (1, 4 * threads()):
+        q, k, v = tensors(one, 40, 1100, 2, heads)
+        arrays = arrays_of(one, q.shape[1], 1100)
+        if lengths:
+            arrays["lengths"] = np.array([1100, 30], np.int32)
+        want = reference(one, q, k.dequantize(), v.dequantize(), arrays)
+        assert relative_error(run(runtime, one, "fp32", q, k, v, arrays), want) <= BOUND
 
 
 def test_a_negative_scale() -> None:

@@ -256,27 +256,32 @@ def strides(kind: Attention, arrays: Mapping[str, Array]) -> dict[str, int]:
     return found
 
 
-def _environment(
+def _evaluated(
     kind: Attention,
-    t: range,
-    s: range,
+    expr: Expr,
     first: int,
-    whole: tuple[int, int, int, int],
+    tile: Array,
+    q0: int,
+    k0: int,
     arrays: Mapping[str, Array],
-) -> dict[str, Array]:
-    """The variables of score and mask over a tile of (B, H, queries, keys), of batches from the
-    `first` on."""
-    batches, heads, queries, keys = whole
-    shift = keys - queries
-    values: dict[str, Any] = {
-        "b": np.arange(first, first + batches)[:, None, None, None],
-        "h": np.arange(heads)[None, :, None, None],
-        "q": (np.arange(t.start, t.stop) + shift)[None, None, :, None],
-        "k": np.arange(s.start, s.stop)[None, None, None, :],
+) -> Array:
+    """Score or mask over a tile of scaled products (B, H, T, S), of batches from the `first` on, at
+    positions from q0 and k0 on.  One batch or head is enough where it is the same for all."""
+    read = reads(expr)
+    batches, heads = (
+        n if name in read or "s" in read else 1 for name, n in zip("bh", tile.shape, strict=False)
+    )
+    counts = (batches, heads, *tile.shape[2:])
+    starts = dict(zip("bhqk", (first, 0, q0, k0), strict=True))
+    given = {
+        name: (start + indices).reshape(-1)
+        for (name, start), indices in zip(starts.items(), np.indices(counts), strict=True)
     }
-    shape = (batches, heads, len(t), len(s))
-    full = {name: np.broadcast_to(value, shape).reshape(-1) for name, value in values.items()}
-    return full | {name: np.asarray(step) for name, step in strides(kind, arrays).items()}
+    given |= {name: np.asarray(step) for name, step in strides(kind, arrays).items()}
+    if "s" in read:
+        given["s"] = tile.astype(np.float32).reshape(-1)
+    fields = {name: np.ascontiguousarray(a).reshape(-1) for name, a in arrays.items()}
+    return np.broadcast_to(evaluate(expr, given, fields), math.prod(counts)).reshape(counts)
 
 
 def _scores(
@@ -284,18 +289,15 @@ def _scores(
 ) -> Array:
     """Scores of a tile (B, H, T, S), float64, -inf where the mask does not admit a key; `first`:
     the number of the first batch."""
-    (b, h, queries, _), keys = q.shape, k.shape[2]
     products = q[:, :, t.start : t.stop] @ k[:, :, s.start : s.stop].swapaxes(2, 3)
     tile: Array = kind.scale * products
-    environment = _environment(kind, t, s, first, (b, h, queries, keys), arrays)
-    fields = {name: np.ascontiguousarray(a).reshape(-1) for name, a in arrays.items()}
+    position = t.start + k.shape[2] - q.shape[2]
     if kind.score is not None:
-        given = environment | {"s": tile.astype(np.float32).reshape(-1)}
-        scored = np.broadcast_to(evaluate(kind.score, given, fields), tile.size)
-        tile = scored.astype(np.float64).reshape(tile.shape)
+        scored = _evaluated(kind, kind.score, first, tile, position, s.start, arrays)
+        tile = np.broadcast_to(scored.astype(np.float64), tile.shape)
     if kind.mask is not None:
-        admitted = np.broadcast_to(evaluate(kind.mask, environment, fields), tile.size)
-        tile = np.where(admitted.reshape(tile.shape), tile, -np.inf)
+        admitted = _evaluated(kind, kind.mask, first, tile, position, s.start, arrays)
+        tile = np.where(admitted, tile, -np.inf)
     return tile
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kernelgen.config import Config
 from kernelgen.config.attention import CAttentionConfig
-from kernelgen.config.tiles import TileAttentionConfig
+from kernelgen.config.tiles import PartAttentionConfig, TileAttentionConfig
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, I32, Expr, Field, cast, load, transform, var
 from kernelgen.ir.expr import walk as nodes_of
@@ -148,7 +148,7 @@ def _tiles(precision: str) -> Walk:
         kind=Attention,
         precision=precision,
         template="attention_tiles.c.j2",
-        config=TileAttentionConfig,
+        config=PartAttentionConfig if precision == "fp32" else TileAttentionConfig,
         arguments=_ARGUMENTS,
         symbols=_SYMBOLS,
         features=("matrix",),
