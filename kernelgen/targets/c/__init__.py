@@ -67,6 +67,12 @@ _RESERVED = frozenset(
     "weigh_rows weight weights while whole whole_bytes wide widen width words wt x x2 xd xm xq xs "
     "y ym".split()
 )
+#: the same, of the walk that multiplies integers and of words of its codes
+_RESERVED |= frozenset(
+    "BITS_OF BYTE_OF SIGNED_CODES UNITS bits_of bits_of_two byte_of count four lookup_of number "
+    "odd_bytes seed signed_codes signed_lookup signed_lookup_of spread1_of sums_of_pairs unit_of "
+    "units with".split()
+)
 
 
 #: 255 * 127 * 65536 is below 2^31
