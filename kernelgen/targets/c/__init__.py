@@ -284,5 +284,7 @@ TARGET = Target(
     # a process has to ask the system for tiles, which a library does only where a program wants it
     unpackaged=frozenset({"matrix"}),
     feature_names={"matrix": "amx_bf16"},
-    variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
+    variants=(
+        "amx", "avx512gfni", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar",
+    ),
 )  # fmt: skip
