@@ -70,8 +70,8 @@ _RESERVED = frozenset(
 #: the same, of the walk that multiplies integers and of words of its codes
 _RESERVED |= frozenset(
     "BITS_OF BYTE_OF SIGNED_CODES UNITS bits_of bits_of_two byte_of count four lookup_of number "
-    "odd_bytes seed signed_codes signed_lookup signed_lookup_of spread1_of sums_of_pairs unit_of "
-    "units with".split()
+    "in_order odd_bytes seed signed_codes signed_lookup signed_lookup_of spread1_of sums_of_pairs "
+    "unit_of units with".split()
 )
 
 
