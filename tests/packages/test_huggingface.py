@@ -118,7 +118,7 @@ def test_the_cpu_is_asked_in_names_that_compilers_know() -> None:
     asked = re.findall(r'supports\("(\w+)"\)', project("c", "q8_0")["torch-ext/torch_binding.cpp"])
     assert set(asked) == {
         "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni",
-        "avxvnni",
+        "avx512vbmi", "gfni", "avxvnni",
     }  # fmt: skip
 
 

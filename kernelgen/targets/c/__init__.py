@@ -67,6 +67,12 @@ _RESERVED = frozenset(
     "value_elements value_row values void volatile w weigh weigh_row weigh_rows weight weights "
     "while whole whole_bytes wide widen width words wt x x2 xd xm xq xs y ym".split()
 )
+#: the same, of the walk that multiplies integers and of words of its codes
+_RESERVED |= frozenset(
+    "BITS_OF BYTE_OF SIGNED_CODES UNITS bits_of bits_of_two byte_of count four lookup_of number "
+    "in_order odd_bytes seed signed_codes signed_lookup signed_lookup_of spread1_of sums_of_pairs "
+    "unit_of units with".split()
+)
 
 
 #: 255 * 127 * 65536 is below 2^31
@@ -277,5 +283,7 @@ TARGET = Target(
     # a process has to ask the system for tiles, which a library does only where a program wants it
     unpackaged=frozenset({"matrix"}),
     feature_names={"matrix": "amx_bf16"},
-    variants=("amx", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar"),
+    variants=(
+        "amx", "avx512gfni", "avx512vnni", "avx512", "avxvnni", "avx2", "neondot", "neon", "scalar",
+    ),
 )  # fmt: skip

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernelgen.ir.expr import BOOL, I32, SHIFTS, Expr, const, walk
+from kernelgen.ir.expr import BOOL, I32, SHIFTS, Expr, const, splat, walk
 from kernelgen.ir.rules import simplify, sum_terms
+from kernelgen.targets.c.bits import Bits, bits, byte_at, nibbles, spread_bits
 from kernelgen.targets.printer import ATOM, Dialect, Printer, varies
 
 _OPERATORS = {"//": "/"}
@@ -105,7 +106,35 @@ class RowsPrinter(Printer):
             return f"({text if level == ATOM else f'({text})'} == 0)", ATOM
         if op == "select":
             return self._select(expr), ATOM
+        if "bits" in self._dialect.words and (moved := self._bits(expr)):
+            return moved, ATOM
         return super()._print(expr)
+
+    def _bits(self, expr: Expr) -> str | None:
+        """Bits of bytes that are moved, if the expression is made of such."""
+        word = self._dialect.word
+        if expr.op == "|":
+            both = [bits(a) for a in expr.args]
+            if both[0] and both[1]:
+                x, y = (self._arguments(one) for one in both if one)
+                return word("bits2").format(x=x, y=y)
+        if found := bits(expr):
+            plain = found.up == 0 and found.start is const(0, I32)
+            return None if plain else word("bits").format(x=self._arguments(found))
+        if spread := spread_bits(expr):
+            x, start = self(spread.word), self(spread.start)
+            return word("bits.spread").format(x=x, start=start, up=spread.up)
+        if expr.op == "lookup" and (index := nibbles(expr.args[0])):
+            table, x = self._tables(expr.attr), self(index.word)
+            return word("bits.lookup").format(table=table, x=x, start=self(index.start))
+        if found_byte := byte_at(expr):
+            x, start = (self(a) for a in found_byte)
+            return word("bits.byte").format(x=x, start=start)
+        return None
+
+    def _arguments(self, found: Bits) -> str:
+        mask = self(splat(found.mask))
+        return f"{self(found.word)}, {self(found.start)}, {mask}, {found.up}"
 
     def _select(self, expr: Expr) -> str:
         condition, a, b = self(expr.args[0]), self.vector(expr.args[1]), self.vector(expr.args[2])
@@ -115,45 +144,51 @@ class RowsPrinter(Printer):
         return f"blend_{name}({condition}, {a}, {b})"
 
 
-ROWS = Dialect(
-    _COMMON
-    | {
-        "load.u8": "rows_u8({field}, {index})",
-        "load.i8": "rows_i8({field}, {index})",
-        "load.u16": "rows_u16({field}, {index})",
-        "load.i16": "rows_i16({field}, {index})",
-        "load.u32": "rows_u32({field}, {index})",
-        "load.i32": "rows_i32({field}, {index})",
-        "load.f16": "rows_f16({field}, {index})",
-        "load.f32": "rows_f32({field}, {index})",
-        "word": "rows_u32({field}, {index})",
-        "element": "{name}[{index}]",
-        "cast.i32>f32": "to_f32({x})",
-        "cast.u32>f32": "unsigned_to_f32({x})",
-        "cast.f32>i32": "to_i32({x})",
-        "cast.u32>i32": "(i32v)({x})",
-        "cast.i32>u32": "(u32v)({x})",
-        "cast.bool>i32": "({x} & 1)",  # true is -1 in a vector
-        "cast.bool>u32": "(u32v)({x} & 1)",
-        "cast.bool>f32": "to_f32({x} & 1)",
-        "bitcast.i32>f32": "(f32v)({x})",
-        "bitcast.u32>f32": "(f32v)({x})",
-        "bitcast.f32>u32": "(u32v)({x})",
-        "bitcast.f32>i32": "(i32v)({x})",
-        "bitcast.i32>u32": "(u32v)({x})",
-        "bitcast.u32>i32": "(i32v)({x})",
-        "table": "gather({table}, {index})",
-        "lookup": "lookup({table}, {index})",
-        "spread1": "spread1({x})",
-        "negate": "negate_bytes({x}, {bits})",
-        **{f"spread{bits}": f"spread({{x}}, {bits})" for bits in range(2, 9)},
-        "call.abs": "each_row(fabsf, {x})",
-        "call.rsqrt": "1 / each_row(sqrt, {x})",
-        **{f"call.{name}": f"each_row({name}, {{x}})" for name in _FUNCTIONS},
-    },
-    _OPERATORS,
-    RowsPrinter,
-)
+_VECTORS = _COMMON | {
+    "load.u8": "rows_u8({field}, {index})",
+    "load.i8": "rows_i8({field}, {index})",
+    "load.u16": "rows_u16({field}, {index})",
+    "load.i16": "rows_i16({field}, {index})",
+    "load.u32": "rows_u32({field}, {index})",
+    "load.i32": "rows_i32({field}, {index})",
+    "load.f16": "rows_f16({field}, {index})",
+    "load.f32": "rows_f32({field}, {index})",
+    "word": "rows_u32({field}, {index})",
+    "element": "{name}[{index}]",
+    "cast.i32>f32": "to_f32({x})",
+    "cast.u32>f32": "unsigned_to_f32({x})",
+    "cast.f32>i32": "to_i32({x})",
+    "cast.u32>i32": "(i32v)({x})",
+    "cast.i32>u32": "(u32v)({x})",
+    "cast.bool>i32": "({x} & 1)",  # true is -1 in a vector
+    "cast.bool>u32": "(u32v)({x} & 1)",
+    "cast.bool>f32": "to_f32({x} & 1)",
+    "bitcast.i32>f32": "(f32v)({x})",
+    "bitcast.u32>f32": "(f32v)({x})",
+    "bitcast.f32>u32": "(u32v)({x})",
+    "bitcast.f32>i32": "(i32v)({x})",
+    "bitcast.i32>u32": "(u32v)({x})",
+    "bitcast.u32>i32": "(i32v)({x})",
+    "table": "gather({table}, {index})",
+    "lookup": "lookup({table}, {index})",
+    "spread1": "spread1({x})",
+    "negate": "negate_bytes({x}, {bits})",
+    **{f"spread{bits}": f"spread({{x}}, {bits})" for bits in range(2, 9)},
+    "call.abs": "each_row(fabsf, {x})",
+    "call.rsqrt": "1 / each_row(sqrt, {x})",
+    **{f"call.{name}": f"each_row({name}, {{x}})" for name in _FUNCTIONS},
+}
+
+#: bits of bytes that are moved (`targets/c/bits.py`)
+_BITS = {
+    "bits": "bits_of({x})",
+    "bits2": "bits_of_two({x}, {y})",
+    "bits.spread": "spread1_of({x}, {start}, {up})",
+    "bits.lookup": "lookup_of({table}, {x}, {start})",
+    "bits.byte": "byte_of({x}, {start})",
+}
+
+ROWS = Dialect(_VECTORS | _BITS, _OPERATORS, RowsPrinter)
 
 
 #: runs over elements that follow one another; how many depends on the vectors that there are
@@ -222,7 +257,7 @@ def _beside_lane(index: Expr) -> Expr | None:
 
 LANES = Dialect(
     {
-        **ROWS.words,
+        **_VECTORS,
         "cast.bool>i32": "(({x}) & 1)",
         "cast.bool>u32": "(u32v)(({x}) & 1)",
         "cast.bool>f32": "to_f32(({x}) & 1)",

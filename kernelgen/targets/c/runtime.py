@@ -61,12 +61,15 @@ _AVX2, _WITH_AVX2 = "avx2 fma f16c", "-mavx2 -mfma -mf16c"
 _AVX512 = f"avx512f avx512bw avx512vl avx512dq {_AVX2}"
 _VNNI = f"{_AVX512} avx512_vnni"
 _WITH_AVX512 = f"-mavx512f -mavx512bw -mavx512vl -mavx512dq {_WITH_AVX2}"
-_AMX = f"{_VNNI} avx512_bf16 amx_tile amx_int8 amx_bf16"
-_WITH_AMX = f"{_WITH_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16"
+_GFNI = f"{_VNNI} avx512vbmi gfni"
+_WITH_GFNI = f"{_WITH_AVX512} -mavx512vnni -mavx512vbmi -mgfni"
+_AMX = f"{_GFNI} avx512_bf16 amx_tile amx_int8 amx_bf16"
+_WITH_AMX = f"{_WITH_GFNI} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16"
 
 #: best first; features are spelt as Linux spells them
 ISAS = (
     _isa("amx", _X86, _AMX, _WITH_AMX, 16, 32, "dot matrix"),
+    _isa("avx512gfni", _X86, _GFNI, _WITH_GFNI, 16, 32, "dot"),
     _isa("avx512vnni", _X86, _VNNI, f"{_WITH_AVX512} -mavx512vnni", 16, 32, "dot"),
     _isa("avx512", _X86, _AVX512, _WITH_AVX512, 16, 32),
     _isa("avxvnni", _X86, f"{_AVX2} avx_vnni", f"{_WITH_AVX2} -mavxvnni", 8, 16, "dot"),
