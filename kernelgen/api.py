@@ -230,7 +230,8 @@ def matmul(
     target     default: what serves the place where x lies; for numpy arrays the best device here
     precision  "fp32": activations stay float; "int8": they are quantized to 8 bits by block, and
                products are summed in integers; "auto": int8 where the format's own error is as
-               large (see kernelgen.problem.choose_precision)
+               large (see kernelgen.problem.choose_precision), or bf16, where for many rows that is
+               faster, as on CPUs with AMX
     max_error  takes what `kernelgen tune --max-error` found under the same bound; where nothing was
                tuned under it, "auto" stands for float32
     out        (..., N) of x's dtype, C-contiguous, to write into

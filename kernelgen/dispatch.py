@@ -235,7 +235,8 @@ def of_choice(
     precision than the one that `asked` stands for, decode lane by lane."""
     kernel = generate_walk(choice.walk, subject, target, choice.config)
     wanted = acceptable(asked, subject)[0]
-    if asked == "auto" and (max_error is not None or choice.entry is not None):
+    better = wanted in choice.walk.instead_of
+    if asked == "auto" and (better or max_error is not None or choice.entry is not None):
         wanted = kernel.precision  # a bound, or what was measured, decides about it
     found = []
     if kernel.precision not in ("", wanted):

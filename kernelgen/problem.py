@@ -44,12 +44,13 @@ def row_bucket(m: int) -> int:
 def choose_precision(asked: str, fmt: BlockFormat) -> str:
     """The precision to compute in.
 
-    "auto" takes int8 activations wherever the format's elements are integer codes: these have
+    "auto" stands for int8 activations wherever the format's elements are integer codes: these have
     eight bits or less over a block of the same length, so rounding the activations to eight bits
     by the block's largest magnitude adds less error than formats of few bits have, and about as
     much as those of eight; several times as much where a few columns of activations are far larger
-    than all others (docs/accuracy.md has figures).  Floats are multiplied as floats.  "fp16" has
-    no numbers above 65504: larger ones become infinite.
+    than all others (docs/accuracy.md has figures).  A walk that is faster and rounds less may serve
+    in their place (`Walk.instead_of`).  Floats are multiplied as floats.  "fp16" has no numbers
+    above 65504: larger ones become infinite.
     """
     if asked not in PRECISIONS:
         raise ConfigError(f"precision {asked!r} was asked for; allowed are {', '.join(PRECISIONS)}")

@@ -32,11 +32,12 @@ from kernelgen.config.programs import (
     ProgramRowsConfig,
     ProgramTileConfig,
 )
-from kernelgen.config.tiles import TileAttentionConfig, TileMatmulConfig
+from kernelgen.config.tiles import FloatTileMatmulConfig, TileAttentionConfig, TileMatmulConfig
 
 __all__ = [
     "BulkTileConfig", "Capabilities", "Config", "DotMatvecConfig", "DotTileConfig",
-    "FragmentRowsConfig", "FragmentTileConfig", "HalfTileConfig", "MatvecConfig", "NoConfig",
+    "FloatTileMatmulConfig", "FragmentRowsConfig", "FragmentTileConfig", "HalfTileConfig",
+    "MatvecConfig", "NoConfig",
     "ProgramBlocksConfig", "ProgramConfig", "ProgramDotMatvecConfig", "ProgramDotTileConfig",
     "ProgramHalfTileConfig", "ProgramMatvecConfig", "ProgramRowsConfig", "ProgramTileConfig",
     "RowTileConfig", "ThreadsConfig", "TileAttentionConfig", "TileConfig", "TileMatmulConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from kernelgen.config.base import Capabilities, Config, choice
 
@@ -55,3 +56,17 @@ class TileMatmulConfig(Config):
     pairs: int = choice(8, 1, 2, 4, 8)
     depth: int = choice(256, 64, 128, 256, 512)
     layout: str = choice("interleaved", "interleaved")
+
+
+@dataclass(frozen=True)
+class FloatTileMatmulConfig(TileMatmulConfig):
+    """The same in bfloat16."""
+
+    rows: int = choice(512, 32, 64, 128, 256, 512)
+    depth: int = choice(512, 64, 128, 256, 512)
+
+    @classmethod
+    def default(cls, caps: Capabilities, m: int = 0) -> Self:
+        """Sums are loaded less often where more is decoded at a time; with few rows, time goes to
+        the decode, whose results are to stay in the first cache besides what it reads."""
+        return cls(depth=512 if m > 64 else 256)

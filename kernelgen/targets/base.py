@@ -135,6 +135,8 @@ class Walk:
     style      tells it, in names, from other walks of the same op and precision
     kind       type of the subject
     least_rows rows of activations, or queries, from which it is a good choice where nobody measured
+    instead_of precisions that "auto" stands for in whose place it serves, from `least_rows` on, as
+               it is faster there and rounds less
     fits       why a configuration that is legal by itself does not fit a subject, or None
     buffers    arguments with blocks, where there is not one `w`: for each its template gets a
                printer of expressions that fetch from it, such as memory_k
@@ -161,6 +163,7 @@ class Walk:
     style: str = ""
     kind: type = BlockFormat
     least_rows: int = 0
+    instead_of: tuple[str, ...] = ()
     fits: Callable[[Config, Any, Capabilities], str | None] = lambda *_: None
     buffers: tuple[str, ...] = ()
     norms: bool = False
@@ -503,6 +506,11 @@ class Target:
         """The first walk that serves a precision that is asked for (`kernelgen.problem`), and so
         many rows."""
         first, *others = acceptable(asked, subject)
+        if asked == "auto" and rows is not None:
+            for one in self.walks:
+                better = one.op == op and first in one.instead_of and rows >= one.least_rows
+                if better and (one.accepts(subject) or caps.lacks(one.features)) is None:
+                    return one
         try:
             return self.walk(op, subject, first, caps, rows=rows)
         except TargetError:

@@ -6,17 +6,19 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from kernelgen import targets
-from kernelgen.config import RowTileConfig, TileMatmulConfig
+from kernelgen.config import Capabilities, RowTileConfig
 from kernelgen.generate import generate_walk
 from kernelgen.ir import formats
 from kernelgen.problem import tolerance
 from kernelgen.targets.base import Runtime, Walk
 from kernelgen.targets.c.compiler import HEADERS, find_compiler
 from kernelgen.targets.c.runtime import isa_named, native_isa
-from kernelgen.verify import check
+from kernelgen.tensor import QuantTensor
+from kernelgen.verify import check, random_blocks
 from tests.c.machines import ALL_FORMATS, find_clang, here
 from tests.c.programs import ProgramRuntime
 from tests.c.test_attention_tiles import STAND_INS, machine, stand_in
@@ -32,7 +34,7 @@ def problems(runtime: Runtime, name: str, walk: Walk, **config: int) -> list[str
     fmt = formats.get(name)
     if walk.accepts(fmt) is not None:
         return []
-    chosen = TileMatmulConfig.from_dict(config)
+    chosen = walk.config.from_dict(config)
     assert walk.refuses(chosen, fmt, runtime.capabilities()) is None
     kernel = generate_walk(walk, fmt, targets.get("c"), chosen)
     bound = tolerance(walk.op, walk.precision)
@@ -65,6 +67,36 @@ def test_a_cpu_with_tiles_takes_them() -> None:
     assert style("matvec", "q4_K", "int8", with_tiles) == ""
     assert style("matmul", "q4_K", "int8", without) == ""
     assert target.walk("matmul", formats.get("q4_K"), "int8").config is RowTileConfig
+
+
+def test_many_rows_are_multiplied_in_bfloat16_where_the_choice_is_free() -> None:
+    target = targets.get("c")
+    with_tiles, without = (isa_named(n).capabilities for n in ("amx", "avx512vnni"))
+
+    def precision(asked: str, caps: Capabilities, rows: int, fmt: str = "q4_K") -> str:
+        return target.serve("matmul", formats.get(fmt), asked, caps, rows).precision
+
+    assert precision("auto", with_tiles, 32) == "bf16"
+    assert precision("auto", with_tiles, 31) == "int8"
+    assert precision("int8", with_tiles, 512) == "int8"
+    assert precision("auto", without, 512) == "int8"
+    assert precision("auto", with_tiles, 512, "f16") == "fp32"  # int8 is not what it stands for
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
+@pytest.mark.parametrize("scale", [0x7FFF, 0xFE01, 0x7C00])
+def test_scales_that_are_no_numbers(scale: int, walk: Walk) -> None:
+    """A NaN of any payload stays one where rounding adds to its bits; and so does infinity, of
+    which codes of both signs make NaN."""
+    fmt = formats.get("q4_0")
+    blocks = random_blocks(fmt, 16, 4 * fmt.block).copy()
+    blocks[5, fmt.nbytes : fmt.nbytes + 2] = (scale & 255, scale >> 8)
+    w = QuantTensor(fmt, (16, 4 * fmt.block), blocks)
+    y = np.zeros((3, 16), np.float32)
+    x = np.ones((3, 4 * fmt.block), np.float32)
+    machine("amx").matmul(generate_walk(walk, fmt, targets.get("c")))(x, w, y)
+    assert np.isnan(y[:, 5]).all() if scale != 0x7C00 else not np.isfinite(y[:, 5]).any()
+    assert np.isfinite(np.delete(y, 5, axis=1)).all()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +142,7 @@ def test_all(isa: str, fmt: str, walk: Walk) -> None:
 @pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.precision)
 @pytest.mark.parametrize("fmt", ["q4_K", "q8_0", "q6_K", "f16"])
 def test_every_configuration(fmt: str, walk: Walk) -> None:
-    for config in TileMatmulConfig.space():
+    for config in walk.config.space():
         values = config.as_dict()
         assert problems(machine("amx"), fmt, walk, **values) == [], values
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from kernelgen.config import Capabilities, Config, NoConfig, RowTileConfig, TileMatmulConfig
+from kernelgen.config import (
+    Capabilities,
+    Config,
+    FloatTileMatmulConfig,
+    NoConfig,
+    RowTileConfig,
+    TileMatmulConfig,
+)
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.expr import F32, Field, WordTable, const
 from kernelgen.ir.ranges import fits
@@ -31,47 +38,44 @@ _SYMBOLS = {
 
 #: what C and the templates call something; a format's field of that name gets an underscore
 _RESERVED = frozenset(
-    "ACT AHEAD B BLOCK BLOCKS BLOCK_BYTES BYTES CENTER CHUNK CHUNKS COLUMNS COUNT D DEEP DEPTH DV "
-    "FEW FOR FOR_FREE GROUP GROUPS H HK INFINITY INLINE K KEYS KEY_BYTES K_ROW_BYTES LANES "
-    "LANE_IDS LINE M N NEVER NULL PACKED PADDED PAGE PAGES PAIR PAIRS PARALLEL PARALLEL_FOR PARTS "
-    "PART_FLOATS QUERIES REST ROOM ROWS ROW_BYTES S SCALE SEEDS SIGNED_BIAS SPAN SPLIT_KEYS STEP "
-    "STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T THREADS TILE TILE_BYTES TILE_DEPTH TILE_FLOATS "
-    "TILE_STRIDE TOGETHER UNIT UNROLL UNROLL_GROUPS VALUE_BYTES VECTORS V_ROW_BYTES WEIGHED "
-    "WEIGHED_STEPS WEIGHS WEIGHT_BYTES WHOLE WIDE WIDTH WORDS X_BYTES a a_next abort above_seven "
-    "abs abs_f32 activations add_blocks add_packed add_values add_weighed admitted all "
-    "all_admitted apart arguments at at_each auto b base batch before begin begun behind below "
-    "beside bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break c calloc case char chunk "
-    "clear_sums code codes column columns combine const continue cos count decode decode_keys "
-    "decode_values default define describe do dot dot_keys dot_pairs dot_signed dot_unsigned "
-    "double each each_row else ends entry enum erf even exp exp2_falling exp_f32 exp_falling "
-    "extern f16_at f32_at f32_to_bits f32v fabsf factor factor_of few few_rows finish finish_row "
-    "finite first float floats for free from g gather goto group groups h half head head_bytes "
-    "heads held held_of hi hk i i16_at i16v i32v ids if in_parts in_parts_beside inline int "
-    "int16_t int32_t int64_t int8_t integer interleave j j0 k k0 k_from k_hi k_lo k_to key "
-    "key_elements key_row keys kt l larger largest largest_lane largest_of last least left line "
-    "line_of lo load_lanes load_u16 load_u32 log long lookup lowest_seven m m0 magnitude malloc "
-    "many many_rows memcpy memset mine more most multiply multiply_codes multiply_keys "
-    "multiply_values n n0 n_to nearest nearest_half negate_bytes next none_admitted odd of "
-    "of_batch of_groups offset out own p pack pack_keys pack_row pack_span pack_values packed "
-    "packed_here pairs pairs_of_rows part part0 part1 partial partial_seed parts place prefetch "
-    "prefetch_part prefetch_written prepare products ptrdiff_t put q q_hi q_lo quantize_block "
-    "query_elements r r0 register repacked rest restrict return rintf rounded row row_bytes row_of "
-    "rows rows_and_span rows_f16 rows_f32 rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 "
-    "s scale score scratch seeds short shrink signed sin size_t sizeof some spans splat_f32 "
-    "splat_i32 splat_u32 split splits spread spread1 sqrt states static steps store store_bytes "
-    "store_lanes store_sums stride struct sum sum_of_bytes sum_of_lanes sums sums_of "
-    "sums_of_groups switch t tanh tanh_f32 tile tile_bytes tile_dot_bf16 tile_dot_int8 tile_load "
-    "tile_of tile_store tile_zero tiles tiles_allowed tiles_begin tiles_end to to_f32 to_i32 "
-    "to_nearest together top tops tops_of total totals turn typedef u u16_at u32_at u32v uint16_t "
-    "uint32_t uint8_t uintptr_t union unit unseen unsigned unsigned_to_f32 upper v value "
-    "value_elements value_row values void volatile w weigh weigh_row weigh_rows weight weights "
-    "while whole whole_bytes wide widen width words wt x x2 xd xm xq xs y ym".split()
-)
-#: the same, of the walk that multiplies integers and of words of its codes
-_RESERVED |= frozenset(
-    "BITS_OF BYTE_OF SIGNED_CODES UNITS bits_of bits_of_two byte_of count four lookup_of number "
-    "in_order odd_bytes seed signed_codes signed_lookup signed_lookup_of spread1_of sums_of_pairs "
-    "unit_of units with".split()
+    "ACT AHEAD B BITS_OF BLOCK BLOCKS BLOCK_BYTES BYTES BYTE_OF CENTER CHUNK CHUNKS CODE_ZERO "
+    "COLUMNS COUNT D DEEP DEPTH DV FEW FOR FOR_FREE GROUP GROUPS H HK INFINITY INLINE K KEYS "
+    "KEY_BYTES K_ROW_BYTES LANES LANE_IDS LINE M N NEVER NULL PACKED PADDED PAGE PAGES PAIR PAIRS "
+    "PARALLEL PARALLEL_FOR PARTS PART_FLOATS QUERIES REST ROOM ROWS ROW_BYTES S SCALE SEEDS "
+    "SIGNED_BIAS SIGNED_CODES SPAN SPLIT_KEYS STEP STEPS STEPS_DEEP STORE_SUMS SUM SUMS SUMS_OF T "
+    "THREADS TILE TILE_BYTES TILE_DEPTH TILE_FLOATS TILE_STRIDE TOGETHER UNIT UNITS UNROLL "
+    "UNROLL_GROUPS VALUE_BYTES VECTORS V_ROW_BYTES WEIGHED WEIGHED_STEPS WEIGHS WEIGHT_BYTES "
+    "WHOLE WIDE WIDTH WORDS X_BYTES __builtin_prefetch a a_next abort above_seven abs abs_f32 "
+    "activations add_blocks add_packed add_values add_weighed admitted all all_admitted apart "
+    "arguments at at_each auto b base batch before begin begun behind below beside bits_of "
+    "bits_of_two bits_to_f32 blend_f32 blend_i32 blend_u32 block blocks break byte_of c calloc "
+    "case char chunk clear_sums code codes column columns combine const continue cos count decode "
+    "decode_keys decode_values default define describe do done dot dot_keys dot_pairs dot_signed "
+    "dot_unsigned double each each_row else ends entry enum erf even exp exp2_falling exp_f32 "
+    "exp_falling extern f16_at f32_at f32_to_bits f32v fabsf factor factor_of fetch few few_rows "
+    "finish finish_row finite first float floats for four free from g gather goto group groups h "
+    "half head head_bytes heads held held_of hi hk i i16_at i16v i32v ids if in_order in_parts "
+    "in_parts_beside inline int int16_t int32_t int64_t int8_t integer interleave j j0 k k0 "
+    "k_from k_hi k_lo k_to key key_elements key_row keys kt l larger largest largest_lane "
+    "largest_of last later least left line line_of lines lo load_lanes load_u16 load_u32 log long "
+    "lookup lookup_of lowest_seven m m0 magnitude malloc many many_rows memcpy memset mine more "
+    "most multiply multiply_codes multiply_keys multiply_values n n0 n_to nearest nearest_half "
+    "negate_bytes next none_admitted number odd odd_bytes of of_batch of_groups offset out own p "
+    "pack pack_keys pack_row pack_span pack_values packed packed_here pairs pairs_of_rows part "
+    "part0 part1 partial partial_seed parts place prefetch prefetch_part prefetch_written prepare "
+    "products ptrdiff_t put put_words q q_hi q_lo quantize_block query_elements quiet r r0 "
+    "register repacked rest restrict return rintf rounded row row_bytes row_of rows rows_and_span "
+    "rows_f16 rows_f32 rows_i16 rows_i8 rows_together rows_u16 rows_u32 rows_u8 s scale "
+    "scale_codes score scratch seed seeds short shrink signed signed_codes signed_lookup "
+    "signed_lookup_of sin size_t sizeof some spans splat_f32 splat_i32 splat_u32 split splits "
+    "spread spread1 spread1_of sqrt states static steps store store_bytes store_lanes store_sums "
+    "stride struct sum sum_of_bytes sum_of_lanes sums sums_of sums_of_groups sums_of_pairs switch "
+    "t tanh tanh_f32 tile tile_bytes tile_dot_bf16 tile_dot_int8 tile_load tile_load_once tile_of "
+    "tile_store tile_zero tiles tiles_allowed tiles_begin tiles_end to to_f32 to_i32 to_nearest "
+    "together top tops tops_of total totals turn turns typedef u u16_at u32_at u32v uint16_t "
+    "uint32_t uint8_t uintptr_t union unit unit_of units unseen unsigned unsigned_to_f32 upper v "
+    "value value_elements value_row values void volatile w weigh weigh_row weigh_rows weight "
+    "weights while whole whole_bytes wide widen width with words wt x x2 xd xm xq xs y ym".split()
 )
 
 
@@ -118,6 +122,9 @@ def weighs_blocks(found: Steps) -> bool:
 def _matmul(op: str, precision: str, style: str = "") -> Walk:
     """Rows of weights in the lanes of vectors, or, in style "tiles", on matrix units."""
     tiles = style == "tiles"
+    config: type[Config] = RowTileConfig
+    if tiles:
+        config = TileMatmulConfig if precision == "int8" else FloatTileMatmulConfig
     integers = _fills_tiles if tiles else _integer_codes
     scratch = (Argument("scratch", "scratch", "u8", ("SCRATCH_BYTES",)),)
     return Walk(
@@ -125,7 +132,7 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         op=op,
         precision=precision,
         template=f"matmul_{'tiles_' * tiles}{precision}.c.j2",
-        config=TileMatmulConfig if tiles else RowTileConfig,
+        config=config,
         arguments=(
             Argument("x", "in", "f32", ("M", "K")),
             _WEIGHTS,
@@ -137,10 +144,12 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         features=("matrix",) * tiles,
         # up to 16 they gain nothing (docs/performance.md)
         least_rows=32 if tiles else 0,
+        # sums stay in tiles over whole rows, and what is rounded to 8 bits keeps its exponent
+        instead_of=("int8",) if tiles and precision == "bf16" else (),
         applies=integers if precision == "int8" else lambda fmt: None,
         steps=_word_steps,
         needs=lambda config: ("prepare",) * (config.as_dict()["layout"] == "interleaved"),
-        norms=precision == "int8",
+        norms=tiles or precision == "int8",
         style=style,
     )
 
