@@ -53,6 +53,7 @@ _RESERVED = frozenset(
     "memset mine most multiply multiply_codes multiply_keys multiply_values n n0 n_to nearest "
     "nearest_half negate_bytes next none_admitted odd of of_batch of_groups offset out p pack "
     "pack_keys pack_row pack_values packed pairs pairs_of_rows part part0 part1 partial "
+    "prefetch_far "
     "partial_seed parts place prefetch prefetch_part prefetch_written prepare products ptrdiff_t "
     "put q q_hi q_lo quantize_block query_elements r register repacked rest restrict return rintf "
     "rounded row row_bytes row_of rows rows_and_span rows_f16 rows_f32 rows_i16 rows_i8 "
