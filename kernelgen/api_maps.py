@@ -24,6 +24,7 @@ from kernelgen.ir.ops.maps import Map
 from kernelgen.ir.ops.rows import Kind as Kind
 from kernelgen.ir.ops.rows import Rows
 from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
+from kernelgen.recording import launch
 from kernelgen.tuner import lookup
 from kernelgen.tuner.problems import MapProblem
 
@@ -168,12 +169,13 @@ def run(
     }
     step = max(1, _PIECE // max(1, n))
     if step >= m:
-        run(arrays, m, n, flat)
+        launch(run, arrays, m, n, flat, fills=flat.values())
         return
     for start in range(0, m, step):
         part = slice(start, min(start + step, m))
         some = {name: a if name in same else a[part] for name, a in arrays.items()}
-        run(some, part.stop - start, n, {name: a[part] for name, a in flat.items()})
+        filled = {name: a[part] for name, a in flat.items()}
+        launch(run, some, part.stop - start, n, filled, fills=filled.values())
 
 
 def _reach(array: Array) -> int:
