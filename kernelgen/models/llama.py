@@ -37,8 +37,8 @@ log = logging.getLogger("kernelgen")
 #: tokens of a page of a cache of several sequences
 PAGE = 32
 
-#: single tokens that go through each matrix together: up to here kernels for several rows round as
-#: that for one does (docs/models.md)
+#: single tokens that go through each matrix together: up to so many rows no target has kernels that
+#: add up in another order than those for one (docs/models.md)
 TOGETHER = 16
 
 
@@ -120,7 +120,9 @@ class Decoder:
 
     target     where all kernels run; by default the best here
     precision  of the products of prompts, as `kernelgen.matmul` has it
-    decode_precision  of those of single tokens; by default the same
+    decode_precision  of those of single tokens that follow; by default the same
+    together   single tokens that go through each matrix together.  More than the default may be
+               faster; on c, results then depend in their last digits on how many there are
     ranks      the processes among which the model is cut; by default this one has all of it
 
     `shape` is that of the whole model, `part` what this rank holds, and `layers` are its own.
@@ -136,11 +138,15 @@ class Decoder:
         precision: str = "auto",
         ranks: Ranks | None = None,
         decode_precision: str | None = None,
+        together: int = TOGETHER,
     ) -> None:
+        if together < 1:
+            raise ShapeError(f"{together} tokens were to go together; at least one does")
         self.file = file
         self.ranks = ranks or Ranks()
         self.target = target or kernelgen.api.default_target()
         self.precision, self.decode_precision = precision, decode_precision or precision
+        self.together = together
         self.shape = shape = Hyperparameters.of(file.metadata, str(file.path))
         self.part = self.ranks.plan(shape, file, str(file.path))
         self.vocabulary: int = file["token_embd.weight"].shape[0]
@@ -199,15 +205,15 @@ class Decoder:
         turns   the sequences, each at most once, and their new tokens, at least one of each
         every   after every new token, not only the last of each sequence
 
-        Single tokens go through each matrix together, up to `TOGETHER` of them; several of one
-        sequence, a prompt or a piece of it, by themselves.  So nothing that a sequence gets depends
+        Single tokens go through each matrix together, up to `together` of them; several of one
+        sequence, a prompt or a piece of it, by themselves.  So what a sequence gets does not depend
         on the others.
         Returns float32 (sequences or tokens, vocabulary), in the order of `turns`.
         Raises ShapeError, and keeps nothing, where there is no room.
         """
         counts = [len(tokens) for _, tokens in turns]
         self._check(turns, counts, cache)
-        calls = _calls(counts)
+        calls = _calls(counts, self.together)
         if len(calls) == 1:
             return self._call(turns, cache, every)
         rows = counts if every else [1] * len(turns)
@@ -401,6 +407,7 @@ def open(
     precision: str = "auto",
     ranks: Ranks | None = None,
     decode_precision: str | None = None,
+    together: int = TOGETHER,
 ) -> Decoder:
     """The decoder in a GGUF file (see `Decoder`), on this rank; what one rank cannot open, none
     can."""
@@ -411,13 +418,14 @@ def open(
                 f"{path} is a checkpoint in safetensors; models are run from GGUF files"
             )
         Hyperparameters.of(file.metadata, str(file.path))
-    return Decoder(file, target, precision, ranks, decode_precision)
+    return Decoder(file, target, precision, ranks, decode_precision, together)
 
 
-def _calls(counts: Sequence[int]) -> list[list[int]]:
-    """Which sequences, by the number of their tokens, go through the layers together."""
+def _calls(counts: Sequence[int], most: int) -> list[list[int]]:
+    """Which sequences, by the number of their tokens, go through the layers together: of those
+    with one, at most so many."""
     singles = [n for n, count in enumerate(counts) if count == 1]
-    calls = [singles[at : at + TOGETHER] for at in range(0, len(singles), TOGETHER)]
+    calls = [singles[at : at + most] for at in range(0, len(singles), most)]
     return calls + [[n] for n, count in enumerate(counts) if count > 1]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kernelgen import models
 from kernelgen.api import runtime_of
-from kernelgen.models import llama
+from kernelgen.errors import ShapeError
 from tests.models import tiny
 from tests.models.test_llama import VARIANTS
 
@@ -78,14 +78,29 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_nothing_depends_on_what_is_called_together(
-    every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_depends_on_what_is_called_together(every: bool, tmp_path: Path) -> None:
     """Prompts of several lengths and single tokens in one call, and each in a call of its own."""
-    monkeypatch.setattr(llama, "TOGETHER", 2)
-    model = models.open(tiny.write(tmp_path / "model.gguf", fmt="q8_0"), "numpy")
+    model = models.open(tiny.write(tmp_path / "model.gguf", fmt="q8_0"), "numpy", together=2)
     together, alone = begun(model), begun(model)
     turns = [(2, [7]), (0, [1, 2, 3]), (3, [9]), (1, [4])]
     wanted = [model.forward([one], alone, every=every) for one in turns]
     assert np.array_equal(model.forward(turns, together, every=every), np.concatenate(wanted))
     assert list(together.lengths) == list(alone.lengths) == [6, 2, 6, 3]
+
+
+def test_precisions_of_prompts_and_of_single_tokens(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "model.gguf", fmt="q8_0")
+
+    def steps(precision: str, decode_precision: str | None) -> list[Any]:
+        model = models.open(path, "numpy", precision, decode_precision=decode_precision)
+        cache = model.sequences(capacity=8)
+        return [model.forward([(0, tokens)], cache) for tokens in ([3, 1, 4], [1])]
+
+    floats, bytes_ = steps("fp32", None), steps("int8", None)
+    mixed = steps("int8", "fp32")
+    assert np.array_equal(mixed[0], bytes_[0]) and not np.array_equal(mixed[0], floats[0])
+    assert not np.array_equal(mixed[1], bytes_[1])
+    again = steps("fp32", "int8")
+    assert np.array_equal(again[0], floats[0]) and not np.array_equal(again[1], floats[1])
+    with pytest.raises(ShapeError, match="at least one"):
+        models.open(path, "numpy", together=0)
