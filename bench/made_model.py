@@ -11,7 +11,7 @@ nothing; how fast it is, and whether two programs compute the same, can be told 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def write(
     rows: int = 0,
     sharpness: float = 1.0,
     following: float = 0.0,
+    values: Mapping[str, Array] | None = None,
     seed: int = 0,
 ) -> Path:
     """Write the model.
@@ -80,6 +81,7 @@ def write(
     sharpness  of the output's weights: how far apart logits lie
     following  how much each token asks for one other to follow it, as text does: without it, the
                largest logits of random weights lie close together, and mean nothing
+    values     weights that are not random, by the names of tensors
     """
     rng = np.random.default_rng(seed)
     choose = LAYOUTS.get(layout, lambda name, layer, count: layout)
@@ -91,17 +93,20 @@ def write(
         name: str, n: int, k: int, layer: int = 0, scale: float = 1.0, like: Array | None = None
     ) -> None:
         some = min(n, rows) if rows else n
-        values = scale / np.sqrt(k) * rng.standard_normal((some, k), np.float32)
+        weights = scale / np.sqrt(k) * rng.standard_normal((some, k), np.float32)
         if like is not None:
-            values += scale * following / np.sqrt(k) * like[rng.permutation(some)]
-        made = kernelgen.quantize(values, choose(name.split(".")[-1], layer, layers))
+            weights += scale * following / np.sqrt(k) * like[rng.permutation(some)]
+        if values is not None:
+            weights = values[f"{name}.weight"]
+        made = kernelgen.quantize(weights, choose(name.split(".")[-1], layer, layers))
         if some < n:
             picked = made.data[rng.integers(0, some, n)]
             made = QuantTensor(made.format, (n, k), picked)
         tensors[f"{name}.weight"] = made
 
     def vector(name: str) -> None:
-        tensors[f"{name}.weight"] = (1 + 0.2 * rng.standard_normal(width)).astype(np.float32)
+        weights = (1 + 0.2 * rng.standard_normal(width)).astype(np.float32)
+        tensors[f"{name}.weight"] = weights if values is None else values[f"{name}.weight"]
 
     matrix("token_embd", count, width, scale=np.sqrt(width))
     for layer in range(layers):

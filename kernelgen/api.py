@@ -22,6 +22,7 @@ from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.ops.epilogue import PLAIN, Fusion
 from kernelgen.problem import MATVEC_ROWS, row_bucket
+from kernelgen.recording import launch, note
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel, Runtime
 from kernelgen.targets.device import DeviceRuntime
@@ -278,7 +279,7 @@ def matmul(
     if m:
         name = target or default_target(on_fallback)
         found = _runner_for(name, w, m, precision, max_error, on_fallback)
-        found.run(rows, w, y.reshape(m, n))
+        launch(found.run, rows, w, y.reshape(m, n), fills=(y,))
     if out is not None:
         if not direct:
             writable(out, shape, n, x)[...] = y.reshape(*shape[:-1], n)
@@ -322,6 +323,17 @@ def _row_reader(target: str, fmt: BlockFormat) -> Kernel:
     return kernel("get_rows", fmt, target)
 
 
+def _reading(
+    runtime: Runtime, kernel: Kernel, w: QuantTensor, ids: Array, rows: Array
+) -> Callable[[], object]:
+    """What fills `rows` with those that `ids` names by then."""
+    bind = getattr(runtime, "bind_rows", None)
+    if bind is not None and ids.dtype == np.int64 and ids.flags.c_contiguous:
+        found: Callable[[], object] = bind(kernel, w, ids, rows)
+        return found
+    return lambda: np.copyto(rows, runtime.get_rows(kernel, w, ids))
+
+
 @any_array()
 def get_rows(
     w: QuantTensor, ids: Any, *, target: str | None = None, on_fallback: str | None = None
@@ -334,7 +346,9 @@ def get_rows(
     """
     name = target or default_target(on_fallback)
     ids = np.asarray(ids)
-    rows = runtime_of(name).get_rows(_row_reader(name, w.format), w, ids.reshape(-1))
+    runtime, kernel, flat = runtime_of(name), _row_reader(name, w.format), ids.reshape(-1)
+    rows = runtime.get_rows(kernel, w, flat)
+    note(_reading(runtime, kernel, w, flat, rows), (flat,), (rows,))
     return w.in_order(rows.reshape(*ids.shape, w.shape[-1]))
 
 

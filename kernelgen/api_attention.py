@@ -24,6 +24,7 @@ from kernelgen.ir.expr import F32, I32, Expr, call, cast, const
 from kernelgen.ir.ops import attention as ops
 from kernelgen.ir.ops.attention import Attention, Mask, Operand, Score
 from kernelgen.problem import power_of_two, row_bucket
+from kernelgen.recording import launch
 from kernelgen.targets import resident
 from kernelgen.targets.base import Kernel
 from kernelgen.targets.device import DeviceRuntime
@@ -332,7 +333,7 @@ def attention(
     y = np.empty((*q.shape[:3], kind.value_dim), np.float32)
     if y.size:
         run = _runner(where, kind, sizes, chosen)
-        run(np.ascontiguousarray(q, np.float32), keys, values, arrays, y)
+        launch(run, np.ascontiguousarray(q, np.float32), keys, values, arrays, y, fills=(y,))
     return y if q.dtype == np.float32 else y.astype(q.dtype)
 
 

@@ -20,6 +20,7 @@ from kernelgen.ir.expr import Expr
 from kernelgen.ir.ops import epilogue as ops
 from kernelgen.ir.ops.epilogue import NORM_WEIGHT, Activation, Epilogue, Fusion, Operand, RmsNorm
 from kernelgen.problem import row_bucket
+from kernelgen.recording import launch
 from kernelgen.targets.base import Kernel, Product
 from kernelgen.tensor import Interleaved, QuantTensor, Stacked
 from kernelgen.tuner import lookup
@@ -228,7 +229,7 @@ def _run(
         if fused.norm is not None and not kernel.normalizes:
             rows = rms_norm(rows, given[NORM_WEIGHT], fused.norm.eps, target=target)
         w = weights(kernel)
-        run(rows, w, y, given)
+        launch(run, rows, w, y, given, fills=(y,))
         if isinstance(w, Interleaved | Stacked) and w.prepared:
             w.forget()
     if out is not None:
@@ -274,7 +275,7 @@ def _operand(given: Any, shape: tuple[int, ...], what: str) -> tuple[str, Array]
         raise ShapeError(
             f"{what} of shape {array.shape} was given; it must broadcast to the result, {shape}"
         )
-    array = array.astype(np.float32)
+    array = array.astype(np.float32, copy=False)
     if array.size == 1:
         return "", array.reshape(1)
     if array.size == array.shape[-1]:

@@ -25,6 +25,7 @@ from kernelgen.ir.ops.rows import Kind as Kind
 from kernelgen.ir.ops.rows import result_arrays
 from kernelgen.ir.ops.tensors import COL, MANY, ROW, TYPES, Tensor
 from kernelgen.problem import power_of_two
+from kernelgen.recording import launch
 from kernelgen.tuner import lookup
 from kernelgen.tuner.problems import MapProblem
 
@@ -151,12 +152,13 @@ def run(
     }
     step = max(1, _PIECE // max(1, n))
     if step >= m:
-        run(arrays, m, n, flat)
+        launch(run, arrays, m, n, flat, fills=flat.values())
         return
     for start in range(0, m, step):
         part = slice(start, min(start + step, m))
         some = {name: a if name in same else a[part] for name, a in arrays.items()}
-        run(some, part.stop - start, n, {name: a[part] for name, a in flat.items()})
+        filled = {name: a[part] for name, a in flat.items()}
+        launch(run, some, part.stop - start, n, filled, fills=filled.values())
 
 
 def _reach(array: Array) -> int:

@@ -421,7 +421,7 @@ def rope(
     call = _Call(x)
     kind = maps.rotated(
         call.rows("x", x),
-        call.row("positions", where.astype(np.int32)),
+        call.row("positions", where.astype(np.int32, copy=False)),
         call.columns("turns", whole, dims // 2),
         call.columns("rest", rest, dims // 2),
         dims=dims,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from kernelgen.targets.driver import Held
 from kernelgen.tensor import QuantTensor, quantize
 
 Array = npt.NDArray[Any]
+
+#: formats that are elements as numpy has them
+_PLAIN: dict[str, npt.DTypeLike] = {"f16": np.float16, "f32": np.float32}
 
 
 class KVCache:
@@ -135,6 +138,35 @@ class KVCache:
         for data, place, w in zip(rows, self._bytes, self._tensors, strict=True):
             self._write(which, data, place, w)
         self.lengths[which] += count
+
+    def appender(
+        self, k: Array, v: Array, *, target: str | None = None
+    ) -> Callable[[Sequence[int]], None]:
+        """A function of n sequences that appends a token to each, from what k and v (n, heads, 1,
+        elements) hold by then: `append` for many steps, of which `check_room` says before that
+        there is room."""
+        names = [w.format.name for w in self._tensors]
+        if not all(name in _PLAIN for name in names) or k.shape[2] != 1:
+            return lambda batches: self.append(k, v, batches, target=target)
+        places = [place.view(_PLAIN[n]) for place, n in zip(self._bytes, names, strict=True)]
+
+        def append(batches: Sequence[int]) -> None:
+            if any(w.prepared for w in self._tensors):  # copies, which have to follow
+                self.append(k, v, batches, target=target)
+                return
+            for n, b in enumerate(batches):
+                at = int(self.lengths[b])
+                row = b
+                if self.pages is not None:
+                    number, at = divmod(at, self._page)
+                    if not at:
+                        self.pages[b, number] = self._free.pop()
+                    row = self.pages[b, number]
+                places[0][row, :, at] = k[n, :, 0]
+                places[1][row, :, at] = v[n, :, 0]
+                self.lengths[b] += 1
+
+        return append
 
     def _blocks(self, k: Array, v: Array, target: str | None) -> list[Array]:
         """Both as blocks; at once where they are alike, as a few rows cost little more than one."""

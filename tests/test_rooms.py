@@ -26,7 +26,7 @@ Tree = dict[str, str]
 #: "targets.*" is any one target, "" is kernelgen/__init__.py.
 LEVELS = (
     ("errors", "emulator"),
-    ("arrays", "ir"),
+    ("arrays", "ir", "recording"),
     ("config", "problem", "quantizer", "tensor", "gguf_reader", "gguf_files", "checkpoints"),
     ("targets.printer",),
     ("targets.base",),

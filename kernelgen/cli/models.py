@@ -23,6 +23,14 @@ TargetName = Annotated[
 Precision = Annotated[
     str, typer.Option("--precision", metavar="P", help=f"Of products: {', '.join(PRECISIONS)}.")
 ]
+DecodePrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--decode-precision",
+        metavar="P",
+        help="Of products of single tokens that follow; by default as of prompts.",
+    ),
+]
 CacheFormat = Annotated[
     str,
     typer.Option(
@@ -53,10 +61,11 @@ def run(
     cache: CacheFormat = "f16",
     target: TargetName = None,
     precision: Precision = "auto",
+    decode_precision: DecodePrecision = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, or each of some; then say how fast it was, and which kernels ran."""
-    model = models.open(file, target, precision, ranks)
+    model = models.open(file, target, precision, ranks, decode_precision)
     keys, values = _formats(cache)
     mine = ranks.own(prompt)
     with ranks.together():
@@ -142,10 +151,11 @@ def bench_model(
     cache: CacheFormat = "f16",
     target: TargetName = None,
     precision: Precision = "auto",
+    decode_precision: DecodePrecision = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a model: tokens of a prompt (pp) and tokens that follow (tg) in a second."""
-    model = models.open(file, target, precision, ranks)
+    model = models.open(file, target, precision, ranks, decode_precision)
     warning = benchmark.busy()
     keys, values = _formats(cache)
     found = measure.speeds(

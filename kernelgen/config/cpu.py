@@ -15,13 +15,15 @@ class RowTileConfig(Config):
     columns   activations rows (columns of the product's transpose) that share one decoded word
     layout    "interleaved": weights repacked once with `prepare`; "native": repacked tile by tile
               inside the kernel
-    prefetch  bytes ahead of what is multiplied that are asked for from memory; 0: none, the machine
-              sees for itself
+    prefetch  bytes ahead of what is multiplied that the second cache is asked for; 0: none, the
+              machine sees for itself
+    near      the same of the first cache
     share     tiles that a thread takes at a time when it is free; 0: all threads have as many
     """
 
     columns: int = choice(4, 1, 2, 3, 4, 5, 6, 8, 10, 12)
-    prefetch: int = choice(4096, 0, 1024, 2048, 4096, 8192)
+    prefetch: int = choice(3072, 0, 2048, 3072, 4096, 8192)
+    near: int = choice(768, 0, 512, 768, 1024)
     share: int = choice(0, 0, 1, 4)
     layout: str = choice("interleaved", "interleaved", "native")
 

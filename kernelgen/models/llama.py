@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +22,24 @@ from kernelgen.errors import FileError, ShapeError
 from kernelgen.gguf_files import Model
 from kernelgen.ir.ops.rope import Factors, Scaling
 from kernelgen.kv_cache import KVCache
+from kernelgen.models.batch import Batch
 from kernelgen.models.hyperparameters import Hyperparameters
 from kernelgen.models.ranks.group import Ranks
 from kernelgen.models.ranks.group import Turn as Turn
 from kernelgen.models.ranks.plan import Part
+from kernelgen.recording import Recording, contiguous, record
 from kernelgen.tensor import QuantTensor, Stacked
 
 Array = npt.NDArray[Any]
 
+log = logging.getLogger("kernelgen")
+
 #: tokens of a page of a cache of several sequences
 PAGE = 32
+
+#: single tokens that go through each matrix together: up to so many rows no target has kernels that
+#: add up in another order than those for one (docs/models.md)
+TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Sequences:
 
     def __init__(self, layers: list[KVCache]) -> None:
         self.layers = layers
+        self.steps: dict[Any, Any] = {}  # what a `Decoder` recorded, by itself
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -95,11 +105,24 @@ class Sequences:
             one.truncate(length, sequence)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step that was recorded: the next token of each of some sequences."""
+
+    model: Decoder
+    batch: Batch
+    recording: Recording
+    logits: Array
+
+
 class Decoder:
     """A model of the Llama kind over the memory-mapped weights of a GGUF file.
 
     target     where all kernels run; by default the best here
-    precision  of products, as `kernelgen.matmul` has it
+    precision  of the products of prompts, as `kernelgen.matmul` has it
+    decode_precision  of those of single tokens that follow; by default the same
+    together   single tokens that go through each matrix together.  More than the default may be
+               faster; on c, results then depend in their last digits on how many there are
     ranks      the processes among which the model is cut; by default this one has all of it
 
     `shape` is that of the whole model, `part` what this rank holds, and `layers` are its own.
@@ -114,11 +137,16 @@ class Decoder:
         target: str | None = None,
         precision: str = "auto",
         ranks: Ranks | None = None,
+        decode_precision: str | None = None,
+        together: int = TOGETHER,
     ) -> None:
+        if together < 1:
+            raise ShapeError(f"{together} tokens were to go together; at least one does")
         self.file = file
         self.ranks = ranks or Ranks()
         self.target = target or kernelgen.api.default_target()
-        self.precision = precision
+        self.precision, self.decode_precision = precision, decode_precision or precision
+        self.together = together
         self.shape = shape = Hyperparameters.of(file.metadata, str(file.path))
         self.part = self.ranks.plan(shape, file, str(file.path))
         self.vocabulary: int = file["token_embd.weight"].shape[0]
@@ -177,17 +205,60 @@ class Decoder:
         turns   the sequences, each at most once, and their new tokens, at least one of each
         every   after every new token, not only the last of each sequence
 
-        All tokens go through each matrix together; attention is of each sequence by itself.
+        Single tokens go through each matrix together, up to `together` of them; several of one
+        sequence, a prompt or a piece of it, by themselves.  So what a sequence gets does not depend
+        on the others.
         Returns float32 (sequences or tokens, vocabulary), in the order of `turns`.
         Raises ShapeError, and keeps nothing, where there is no room.
         """
         counts = [len(tokens) for _, tokens in turns]
         self._check(turns, counts, cache)
-        parts = [self._blocks(some, cache) for some in self.ranks.pieces(turns)]
+        calls = _calls(counts, self.together)
+        if len(calls) == 1:
+            return self._call(turns, cache, every)
+        rows = counts if every else [1] * len(turns)
+        starts = np.cumsum([0, *rows])
+        logits = np.empty((starts[-1], self.vocabulary), np.float32)
+        for some in calls:
+            found = self._call([turns[n] for n in some], cache, every)
+            logits[np.concatenate([np.arange(starts[n], starts[n + 1]) for n in some])] = found
+        return logits
+
+    def _call(self, turns: Sequence[Turn], cache: Sequences, every: bool) -> Array:
+        """Logits of equally many new tokens of some sequences."""
+        decodes = len(turns[0][1]) == 1
+        if decodes and self.ranks.count == 1:
+            return self._step(turns, cache)
+        batches = [Batch(some, cache.lengths, decodes) for some in self.ranks.pieces(turns)]
+        return self._run(batches, cache, every)
+
+    def _step(self, turns: Sequence[Turn], cache: Sequences) -> Array:
+        """Logits of a single token of each; what is launched is recorded, and replayed in the
+        steps that follow of as many sequences."""
+        key = (id(self), len(turns))
+        step: _Step | None = cache.steps.get(key)
+        if step is None:
+            batch = Batch(turns, cache.lengths, True)
+            with record((batch.ids, batch.lengths)) as recording:
+                logits = self._run([batch], cache, False)
+            cache.steps[key] = _Step(self, batch, recording, logits)
+            if recording.refused:
+                log.debug("steps of %d sequences are not replayed: %s", key[1], recording.refused)
+            return logits.copy()
+        if step.recording.refused:
+            return self._run([Batch(turns, cache.lengths, True)], cache, False)
+        step.batch.load(turns, cache.lengths)
+        step.recording.replay()
+        return step.logits.copy()
+
+    def _run(self, batches: Sequence[Batch], cache: Sequences, every: bool) -> Array:
+        """Logits of batches that go through the stages one behind the other."""
+        parts = [self._blocks(batch, cache) for batch in batches]
         x = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if not every:
-            x = x[np.cumsum(counts) - 1]
-        return self.ranks.logits(lambda: self._logits(x), len(x), self.vocabulary)
+        decodes = batches[0].decodes
+        if not every and not decodes:
+            x = x[-1:]
+        return self.ranks.logits(lambda: self._logits(x, decodes), len(x), self.vocabulary)
 
     def _check(self, turns: Sequence[Turn], counts: Sequence[int], cache: Sequences) -> None:
         """Refuse on every rank what one of them could not do."""
@@ -206,22 +277,15 @@ class Decoder:
                 )
         cache.layers[0].check_room(which, counts)
 
-    def _blocks(self, turns: Sequence[Turn], cache: Sequences) -> Array:
+    def _blocks(self, batch: Batch, cache: Sequences) -> Array:
         """What this rank's layers make of new tokens, (tokens, width)."""
-        counts = [len(tokens) for _, tokens in turns]
-        which = [sequence for sequence, _ in turns]
-        before = cache.lengths[which]
-        positions = np.concatenate(
-            [start + np.arange(n) for start, n in zip(before, counts, strict=True)]
-        ).astype(np.int32)
-        groups = _groups(which, counts)
         if self.part.first:
-            x = self._embed(np.concatenate([np.asarray(tokens, np.int32) for _, tokens in turns]))
+            x = self._embed(batch.ids)
         else:
-            x = self.ranks.receive((len(positions), self.shape.width))
+            x = self.ranks.receive((len(batch.ids), self.shape.width))
         for layer, kv in zip(self.layers, cache.layers, strict=True):
-            x = self._attention(layer, x, kv, positions, groups)
-            x = self._feed_forward(layer, x)
+            x = self._attention(layer, x, kv, batch)
+            x = self._feed_forward(layer, x, batch.decodes)
         if not self.part.last:
             self.ranks.send(x)
         return x
@@ -239,78 +303,85 @@ class Decoder:
         x[~own] = 0
         return self.ranks.sum(x)
 
-    def _logits(self, x: Array) -> Array:
+    def _logits(self, x: Array, decodes: bool) -> Array:
         """Of this rank's part of the vocabulary, (rows, tokens of it)."""
-        return self._project(x, self.output, norm=self.norm, norm_eps=self.shape.eps)
+        return self._project(x, self.output, decodes, norm=self.norm, norm_eps=self.shape.eps)
 
-    def _attention(
-        self, layer: Layer, x: Array, kv: KVCache, positions: Array, groups: list[_Group]
-    ) -> Array:
+    def _attention(self, layer: Layer, x: Array, kv: KVCache, batch: Batch) -> Array:
         """x + attention(norm(x)), x (tokens, width)."""
-        shape = self.part.shape  # its own heads
-        q, k, v = self._qkv(layer, x, shape, positions)
-        y = np.empty((len(x), shape.heads, shape.value_dim), np.float32)
-        for one in groups:
-            kv.append(
-                one.heads_first(k), one.heads_first(v), one.sequences, target=self.target
-            )  # fmt: skip
-            pages = None if kv.pages is None else kv.pages[one.sequences]
-            found = kernelgen.attention(
-                one.heads_first(q), kv.keys, kv.values, causal=True, window=shape.window,
-                lengths=kv.lengths[one.sequences], pages=pages, target=self.target,
-            )  # fmt: skip
-            y[one.rows] = found.swapaxes(1, 2)
-        return self._add(x, y.reshape(len(x), -1), layer.out)
+        q, k, v = self._qkv(layer, x, batch)
+        pages = batch.append(kv, k, v, self.target)
+        y = kernelgen.attention(
+            contiguous(batch.heads_first(q)), kv.keys, kv.values, causal=True,
+            window=self.shape.window, lengths=batch.lengths, pages=pages, target=self.target,
+        )  # fmt: skip
+        return self._add(x, batch.tokens_first(y), layer.out, batch.decodes)
 
-    def _qkv(
-        self, layer: Layer, x: Array, shape: Hyperparameters, positions: Array
-    ) -> tuple[Array, Array, Array]:
+    def _qkv(self, layer: Layer, x: Array, batch: Batch) -> tuple[Array, Array, Array]:
         """Queries, keys and values, (tokens, heads, elements) each, the former two turned."""
+        shape = self.part.shape  # its own heads
+        sizes = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim),
+                 (shape.kv_heads, shape.value_dim))  # fmt: skip
         normed: dict[str, Any] = {"norm": layer.attention_norm, "norm_eps": shape.eps}
-        parts = [self._project(x, one, **normed) for one in layer.qkv]
-        y = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        turned = (shape.heads + shape.kv_heads) * shape.head_dim
-        qk = y[:, :turned].reshape(len(x), -1, shape.head_dim)
-        v = y[:, turned:].reshape(len(x), shape.kv_heads, shape.value_dim)
-        q, k = qk[:, : shape.heads], qk[:, shape.heads :]
-        if layer.q_norm is not None:
-            q = self._norm(q, layer.q_norm)
-        if layer.k_norm is not None:
-            k = self._norm(k, layer.k_norm)
-        if layer.q_norm is not None or layer.k_norm is not None:
-            qk = np.concatenate([q, k], axis=1)
-        qk = kernelgen.rope(qk, positions[:, None], **self._turning)
-        return qk[:, : shape.heads], qk[:, shape.heads :], v
+        parts = [self._project(x, one, batch.decodes, **normed) for one in layer.qkv]
+        q, k, v = _heads(parts, sizes)
+        q, k = (
+            self._turned(contiguous(y), weight, batch)
+            for y, weight in ((q, layer.q_norm), (k, layer.k_norm))
+        )
+        return q, k, v
 
-    def _feed_forward(self, layer: Layer, x: Array) -> Array:
+    def _turned(self, x: Array, norm: Array | None, batch: Batch) -> Array:
+        """Rotary positions in x (tokens, heads, elements), which may be normalized first."""
+        if norm is not None:
+            x = kernelgen.rms_norm(x, norm, self.shape.eps, target=self.target)
+        found: Array = kernelgen.rope(x, batch.positions(x.shape[1]), **self._turning)
+        return found
+
+    def _feed_forward(self, layer: Layer, x: Array, decodes: bool) -> Array:
         """x + down(silu(gate(norm(x))) * up(norm(x)))."""
         normed: dict[str, Any] = {"norm": layer.ffn_norm, "norm_eps": self.shape.eps}
         gate, up = layer.gate, layer.up
         plain = gate.bias is None and up.bias is None
         if plain and gate.w.format is up.w.format:
             y = kernelgen.gated_matmul(
-                x, gate.w, up.w, "silu", target=self.target, precision=self.precision, **normed
-            )
+                x, gate.w, up.w, "silu", target=self.target, precision=self._precision(decodes),
+                **normed,
+            )  # fmt: skip
         else:
-            other = self._project(x, up, **normed)
+            other = self._project(x, up, decodes, **normed)
             y = self._project(
-                x, gate, activation="silu", epilogue=_times, operands=[other], **normed
+                x, gate, decodes, activation="silu", epilogue=_times, operands=[other], **normed
             )
-        return self._add(x, y, layer.down)
+        return self._add(x, y, layer.down, decodes)
 
-    def _add(self, x: Array, y: Array, one: Projection) -> Array:
+    def _add(self, x: Array, y: Array, one: Projection, decodes: bool) -> Array:
         """x + one(y), of which each tensor rank has some columns, and y those elements."""
-        return self.ranks.sum(self._project(y, one, residual=x if self.part.leads else None))
+        residual = x if self.part.leads else None
+        return self.ranks.sum(self._project(y, one, decodes, residual=residual))
 
-    def _norm(self, x: Array, weight: Array) -> Array:
-        found: Array = kernelgen.rms_norm(x, weight, self.shape.eps, target=self.target)
-        return found
-
-    def _project(self, x: Array, one: Projection, **fused: Any) -> Array:
+    def _project(self, x: Array, one: Projection, decodes: bool, **fused: Any) -> Array:
         found: Array = kernelgen.matmul(
-            x, one.w, bias=one.bias, target=self.target, precision=self.precision, **fused
-        )
+            x, one.w, bias=one.bias, target=self.target, precision=self._precision(decodes),
+            **fused,
+        )  # fmt: skip
         return found
+
+    def _precision(self, decodes: bool) -> str:
+        return self.decode_precision if decodes else self.precision
+
+
+def _heads(parts: Sequence[Array], sizes: Sequence[tuple[int, int]]) -> list[Array]:
+    """Heads of elements, (tokens, heads, elements) each, that lie one behind the other in the
+    columns of some matrices; none is in two of these."""
+    found, rest, at = [], list(parts), 0
+    for heads, elements in sizes:
+        if at == rest[0].shape[1]:
+            rest, at = rest[1:], 0
+        some = rest[0][:, at : at + heads * elements]
+        found.append(some.reshape(len(some), heads, elements))
+        at += heads * elements
+    return found
 
 
 def _stacked(parts: list[Projection]) -> Projection:
@@ -321,7 +392,9 @@ def _stacked(parts: list[Projection]) -> Projection:
     if all(one.bias is None for one in parts):
         return Projection(w)
     given = [np.zeros(one.w.shape[0]) if one.bias is None else one.bias for one in parts]
-    return Projection(w, np.concatenate(given, dtype=np.float32))
+    bias = np.concatenate(given, dtype=np.float32)
+    bias.flags.writeable = False
+    return Projection(w, bias)
 
 
 def _times(y: Any, other: Any) -> Any:
@@ -333,6 +406,8 @@ def open(
     target: str | None = None,
     precision: str = "auto",
     ranks: Ranks | None = None,
+    decode_precision: str | None = None,
+    together: int = TOGETHER,
 ) -> Decoder:
     """The decoder in a GGUF file (see `Decoder`), on this rank; what one rank cannot open, none
     can."""
@@ -343,29 +418,15 @@ def open(
                 f"{path} is a checkpoint in safetensors; models are run from GGUF files"
             )
         Hyperparameters.of(file.metadata, str(file.path))
-    return Decoder(file, target, precision, ranks)
+    return Decoder(file, target, precision, ranks, decode_precision, together)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Sequences that get equally many tokens; `rows` (sequences, tokens) are theirs of all."""
-
-    sequences: list[int]
-    rows: Array
-
-    def heads_first(self, x: Array) -> Array:
-        """Of (tokens of all, heads, elements) their own (sequences, heads, tokens, elements)."""
-        return np.ascontiguousarray(x[self.rows].swapaxes(1, 2))
-
-
-def _groups(which: Sequence[int], counts: Sequence[int]) -> list[_Group]:
-    starts = np.cumsum([0, *counts[:-1]])
-    found = []
-    for count in dict.fromkeys(counts):
-        members = [n for n, one in enumerate(counts) if one == count]
-        rows = starts[members][:, None] + np.arange(count)
-        found.append(_Group([which[n] for n in members], rows))
-    return found
+def _calls(counts: Sequence[int], most: int) -> list[list[int]]:
+    """Which sequences, by the number of their tokens, go through the layers together: of those
+    with one, at most so many."""
+    singles = [n for n, count in enumerate(counts) if count == 1]
+    calls = [singles[at : at + most] for at in range(0, len(singles), most)]
+    return calls + [[n] for n, count in enumerate(counts) if count > 1]
 
 
 def _layer(weights: _Weights, prefix: str, shape: Hyperparameters) -> Layer:
@@ -418,7 +479,9 @@ class _Weights:
         return self._part.matrix(name, self._take(name, (n, k)))
 
     def vector(self, name: str, size: int) -> Array:
-        return self._take(name, (size,)).dequantize()
+        found = self._take(name, (size,)).dequantize().copy()  # its own, not a view
+        found.flags.writeable = False  # recordings want to know that it stays what it is
+        return found
 
     def optional(self, name: str, size: int) -> Array | None:
         return self._part.vector(name, self.vector(name, size)) if name in self._file else None

@@ -46,9 +46,10 @@ class Server:
     format    of keys, `value_format` of values
     ends      tokens after which nothing follows; they are not given out
 
-    In each step the next token of every running request, and a piece of the prompts of new ones,
-    go through the model together.  A request starts when the pages that it may come to need are
-    free, so that none has to be stopped.  A server is for one thread at a time.
+    In each step the next token of every running request goes through the model with those of the
+    others, and pieces of the prompts of new ones each by itself, cut as `Generation` cuts them: so
+    each request gets the tokens that it gets alone.  A request starts when the pages that it may
+    come to need are free, so that none has to be stopped.  A server is for one thread at a time.
     """
 
     def __init__(
@@ -151,15 +152,16 @@ class Server:
             self._running[self._free.pop()] = one
 
     def _turns(self) -> list[Turn]:
-        """Tokens of each sequence for the next step; of prompts, so many as are left of `BATCH`."""
+        """Tokens of each sequence for the next step; of prompts a piece, and more while they have
+        not more tokens in all."""
         turns: list[Turn] = []
-        left = BATCH
+        size = left = BATCH * self.model.ranks.stages
         for sequence, one in self._running.items():
             if one.tokens:
                 turns.append((sequence, one.tokens[-1:]))
                 continue
-            piece = one.prompt[one._read : one._read + left]
-            if piece:
+            piece = one.prompt[one._read : one._read + size]
+            if piece and len(piece) <= left:
                 turns.append((sequence, piece))
                 left -= len(piece)
         return turns

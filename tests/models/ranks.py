@@ -50,7 +50,7 @@ def end(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[in
 def everywhere(count: int, name: str, folder: Path, /, **given: Any) -> Any:
     """What a function of this module gives on each rank."""
     command = ["-c", MAIN, name, str(folder), json.dumps(given)]
-    for code, out, err in end(start(count, command), 500):
+    for code, out, err in end(start(count, command), 900):
         assert code == 0, f"{out}\n{err}"
     return found(count, folder)
 

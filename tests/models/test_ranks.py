@@ -28,6 +28,10 @@ from tests.models import ranks as many
 from tests.models import tiny, vocabularies
 from tests.test_cli import run
 
+#: seconds after which a rank that waits is thought to wait for ever: they take a few, but a machine
+#: may have twenty other things to do for each of its cores
+PATIENCE = 600
+
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7], [5, 5, 5]]
 COUNT = 5
 
@@ -40,8 +44,8 @@ class Threads:
 
     def __init__(self, tp: int, pp: int, micro: int) -> None:
         self.tp, self.pp, self.micro = tp, pp, micro
-        self.barriers = [threading.Barrier(tp, timeout=60) for _ in range(pp)]
-        self.all = threading.Barrier(tp * pp, timeout=60)
+        self.barriers = [threading.Barrier(tp, timeout=PATIENCE) for _ in range(pp)]
+        self.all = threading.Barrier(tp * pp, timeout=PATIENCE)
         self.slots: list[list[Any]] = [[None] * tp for _ in range(pp)]
         self.ways: list[list[queue.Queue[Any]]] = [
             [queue.Queue() for _ in range(tp)] for _ in range(pp)
@@ -76,7 +80,7 @@ class Threaded(Ranks):
         return np.sum(self._all(x), axis=0)
 
     def receive(self, shape: tuple[int, ...]) -> Any:
-        x = self.of.ways[self.stage][self.tensor].get(timeout=60)
+        x = self.of.ways[self.stage][self.tensor].get(timeout=PATIENCE)
         assert x.shape == shape
         return x
 
@@ -113,7 +117,8 @@ def in_threads(tp: int, pp: int, micro: int, do: Callable[[Ranks], Any]) -> list
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), f"a rank has not ended after {PATIENCE} s"
     for one_found in found:
         if isinstance(one_found, BaseException):
             raise one_found
@@ -244,7 +249,7 @@ def run_until_one_is_gone(
     others = [one for n, one in enumerate(processes) if n != which]
     try:
         for one in processes:
-            wait_for(one, "runs", 400)
+            wait_for(one, "runs", PATIENCE)
         processes[which].send_signal(how)
         begin = time.monotonic()
         said = many.end(others, 60)

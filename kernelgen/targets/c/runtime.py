@@ -31,6 +31,7 @@ from kernelgen.targets.base import (
     check_rows,
 )
 from kernelgen.targets.c.compiler import find_compiler, library
+from kernelgen.targets.c.launch import Launch, address
 from kernelgen.targets.c.team import team
 from kernelgen.targets.maps import Apply, written
 from kernelgen.targets.maps import strides as strides_of_maps
@@ -241,6 +242,13 @@ class CRuntime:
         self.program(kernel)(w.data, ids, y, *y.shape)
         return y
 
+    def bind_rows(self, kernel: Kernel, w: Weights, ids: Array, y: Array) -> Callable[[], None]:
+        """A function that fills y (R, K) with the rows that `ids`, int64 (R,), names by then; all
+        of them are rows of w, which is not checked again."""
+        return Launch(self.program(kernel).function, lambda *given: (given, y.shape)).bind(
+            w.data, ids, y
+        )
+
     def quantize(self, kernel: Kernel, x: Array, operands: Operands = NONE) -> Activations:
         """Activations x, float32 (M, K), as int8 in the form of the kernel's format."""
         fmt = kernel.format
@@ -278,71 +286,49 @@ class CRuntime:
     def matmul(self, kernel: Kernel) -> Product:
         """A function of x, float32 (M, K), w (N, K) and y, float32 (M, N), which it fills, and of
         operands by name."""
-        program = self.program(kernel)
-        function, prepare = program.function, self.prepare
-        if kernel.fused.name:
-            return self._fused(kernel)
-        if not _has_scratch(kernel):
-
-            def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
-                (m, k), n = x.shape, w.shape[0]
-                function(_address(x), _address(prepare(kernel, w)), _address(y), m, n, k)
-
-            return run
-
-        scratch_bytes = program.sizes("scratch")
-
-        def run_with_scratch(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
-            (m, k), n = x.shape, w.shape[0]
-            scratch = np.empty(scratch_bytes(m, k), np.uint8)
-            function(
-                _address(x), _address(prepare(kernel, w)), _address(y), _address(scratch), m, n, k
-            )
-
-        return run_with_scratch
-
-    def _fused(self, kernel: Kernel) -> Product:
-        """The same for a kernel that takes operands."""
-        program = self.program(kernel)
+        program, prepare = self.program(kernel), self.prepare
         names = [a.name for a in kernel.arguments if a.role == "in" and a.name not in ("x", "w")]
         gated = any(a.name == NY for a in kernel.arguments)
-        function, prepare = program.function, self.prepare
         scratch_bytes = program.sizes("scratch") if _has_scratch(kernel) else None
 
-        def run(x: Array, w: Weights, y: Array, operands: Operands = NONE) -> None:
+        def given(
+            x: Array, w: Weights, y: Array, operands: Operands = NONE
+        ) -> tuple[list[Array], tuple[int, ...]]:
             (m, k), n = x.shape, w.shape[0]
             arrays = [x, prepare(kernel, w), y]
             if scratch_bytes is not None:
                 arrays.append(np.empty(scratch_bytes(m, k), np.uint8))
             arrays += [operands[name] for name in names]
-            function(*map(_address, arrays), m, n, k, *([y.shape[1]] if gated else []))
+            return arrays, (m, n, k, y.shape[1]) if gated else (m, n, k)
 
-        return run
+        return Launch(program.function, given)
 
     def attention(
         self, kernel: Kernel
     ) -> Callable[[Array, Weights, Weights, Mapping[str, Array], Array], None]:
         """A function of q (B, H, T, D), k, v, the operands by name, and y, which it fills."""
-        program = self.program(kernel)
         kind = kernel.subject
 
-        def run(q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array) -> None:
+        def given(
+            q: Array, k: Weights, v: Weights, operands: Mapping[str, Array], y: Array
+        ) -> tuple[list[Array], list[int]]:
             arrays, sizes = attention_arguments(kind, q, k, v, operands)
-            program.function(*map(_address, (q, k.data, v.data, y, *arrays)), *sizes)
+            return [q, k.data, v.data, y, *arrays], sizes
 
-        return run
+        return Launch(self.program(kernel).function, given)
 
     def apply(self, kernel: Kernel) -> Apply:
         """A function of arrays by name, rows, columns, and arrays that it fills."""
-        function, kind = self.program(kernel).function, kernel.subject
+        kind = kernel.subject
         names = [one.name for one in kind.inputs], [one.name for one in written(kind)]
 
-        def run(inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]) -> None:
-            steps = strides_of_maps(kind, inputs).values()
-            arrays = (*(inputs[name] for name in names[0]), *(outputs[name] for name in names[1]))
-            function(*map(_address, arrays), m, n, *steps)
+        def given(
+            inputs: Mapping[str, Array], m: int, n: int, outputs: Mapping[str, Array]
+        ) -> tuple[list[Array], list[int]]:
+            arrays = [inputs[name] for name in names[0]] + [outputs[name] for name in names[1]]
+            return arrays, [m, n, *strides_of_maps(kind, inputs).values()]
 
-        return run
+        return Launch(self.program(kernel).function, given)
 
     def program(self, kernel: Kernel) -> CProgram:
         """The kernel, compiled and loaded; safe under many threads and processes."""
@@ -382,14 +368,8 @@ def _aligned(size: int) -> Array:
     """Bytes that begin at a cache line, so that no vector of a tile lies across two of them."""
     line = 64
     whole = np.empty(size + line, np.uint8)
-    start = -_address(whole) % line
+    start = -address(whole) % line
     return whole[start : start + size]
-
-
-def _address(array: Array) -> int:
-    # a third of what array.ctypes.data costs
-    address: int = array.__array_interface__["data"][0]
-    return address
 
 
 def cpu_name() -> str:

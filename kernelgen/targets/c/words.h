@@ -77,6 +77,12 @@ INLINE void prefetch_part(const uint8_t *from, ptrdiff_t bytes, int part, int pa
     UNROLL
     for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i);
 }
+// The same of the second cache, which has room for more that is under way.
+INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
+    const ptrdiff_t begin = (bytes * part / parts + 63) / 64, end = (bytes * (part + 1) / parts + 63) / 64;
+    UNROLL
+    for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i, 0, 2);
+}
 
 // ---- one element ----------------------------------------------------------------------------
 
