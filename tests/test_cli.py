@@ -158,6 +158,22 @@ def test_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     assert "memory does not suffice" in sentence and "EiB" in sentence
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("inspect",), ("build", "--model"), ("accuracy", "--model"), ("tune",), ("plan",),
+     ("run", "-p", "x"), ("quantize", "--format", "q4_K", "out.gguf")],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_truncated_file_is_one_sentence(
+    command: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(model.read_bytes()[:300])
+    name, *options = command
+    given = (*command, short) if options == ["--model"] else (name, short, *options)
+    assert "short.gguf is truncated" in error_of(*given)
+
+
 def test_debug_shows_the_traceback() -> None:
     result = run("--debug", "list", "--target", "abacus", code=1)
     assert isinstance(result.exception, TargetError)

@@ -308,6 +308,10 @@ def locked(path: Path) -> Iterator[None]:
     made(path.parent)
     try:
         held = FileLock(f"{path}.lock", timeout=60).acquire()
+    except TimeoutError as error:
+        raise FileError(
+            f"{path} is written by other processes, and has not been free for 60 s; try again"
+        ) from error
     except OSError as error:
         raise FileError(
             f"{path} cannot be written ({error.strerror or error}); set KERNELGEN_CACHE to a folder"

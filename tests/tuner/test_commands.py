@@ -18,27 +18,14 @@ import kernelgen
 from kernelgen import targets
 from kernelgen.cli import app
 from kernelgen.targets.base import Runtime, Target
-from kernelgen.tuner import cache, lookup, page
+from kernelgen.tuner import cache, page
 from kernelgen.tuner.measure import FAILED, Outcome
 from kernelgen.tuner.replay import Replay
 from kernelgen.tuner.report import Options
 from kernelgen.tuner.study import Study
-from tests.tuner import made_up_target
 from tests.tuner.made_up_target import SMALL, needs_c, recorded
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # compiled kernels are shared between runs: they do not depend on what is tuned
-    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path))
-    monkeypatch.delenv(lookup.REQUIRE, raising=False)
-
-
-@pytest.fixture
-def made_up() -> tuple[Target, Runtime]:
-    return made_up_target.factory()
 
 
 def run(*arguments: str, code: int = 0) -> Any:

@@ -24,11 +24,6 @@ CPU = {"device": "Made Up CPU", "threads": 2}
 LEAST = dataclasses.replace(SMALL, objective="energy")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a machine with a package, its cores, which are part of it, and memory."""

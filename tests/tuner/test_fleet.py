@@ -131,11 +131,6 @@ def fleet(url: str, folder: Path) -> None:
     assert len({one["best"] for one in results}) == 1
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path / "cache"))
-
-
 def test_four_processes_share_a_study_in_postgresql(postgres: str, tmp_path: Path) -> None:
     fleet(postgres, tmp_path)
 

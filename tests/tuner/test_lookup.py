@@ -27,18 +27,6 @@ from tests.tuner.made_up_target import SMALL, needs_c
 Q8 = formats.get("q8_0")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # compiled kernels are shared between runs: they do not depend on what is tuned
-    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path))
-    monkeypatch.delenv(lookup.REQUIRE, raising=False)
-
-
-@pytest.fixture
-def made_up() -> tuple[Target, Runtime]:
-    return made_up_target.factory()
-
-
 def entry(
     pair: tuple[Target, Runtime], size: int = 1, where: Path | None = None, **changed: Any
 ) -> Entry:

@@ -42,18 +42,6 @@ ROOT = Path(__file__).resolve().parents[2]
 Q8 = formats.get("q8_0")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # compiled kernels are shared between runs: they do not depend on what is tuned
-    monkeypatch.setenv("KERNELGEN_CACHE", str(tmp_path))
-    monkeypatch.delenv(lookup.REQUIRE, raising=False)
-
-
-@pytest.fixture
-def made_up() -> tuple[Target, Runtime]:
-    return made_up_target.factory()
-
-
 # ---- space ------------------------------------------------------------------------------------
 
 
