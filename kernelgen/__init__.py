@@ -19,7 +19,7 @@ _HOME = {
          "register_format", "save", "source", "unregister_format"),
         "kernelgen.api",
     ),
-    **dict.fromkeys(("attention", "captured"), "kernelgen.api_attention"),
+    **dict.fromkeys(("alibi_slopes", "attention", "captured"), "kernelgen.api_attention"),
     "KVCache": "kernelgen.kv_cache",
     "gated_matmul": "kernelgen.api_fused",
     "map": "kernelgen.api_maps",
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from kernelgen.api import save as save
     from kernelgen.api import source as source
     from kernelgen.api import unregister_format as unregister_format
+    from kernelgen.api_attention import alibi_slopes as alibi_slopes
     from kernelgen.api_attention import attention as attention
     from kernelgen.api_attention import captured as captured
     from kernelgen.api_blocks import round_to_nearest as round_to_nearest

@@ -261,7 +261,8 @@ def attention(
     scale    1 / sqrt(D) by default
     window   a query sees this many keys up to its own position
     softcap  scores become softcap * tanh(s / softcap)
-    alibi    slopes (H,): scores get slope * (position of the key - position of the query)
+    alibi    slopes (H,), such as `alibi_slopes` gives: scores get slope * (position of the key -
+             position of the query)
     mask     a function of expressions (b, h, q, k) that says whether query position q sees key k,
              or an array that broadcasts to (B, H, T, S): booleans, or floats that are added
     score    a function of expressions (s, b, h, q, k) that gives the new score; it comes after
@@ -418,7 +419,7 @@ def _chain(scores: list[Score]) -> Score | None:
     return change
 
 
-def slopes_of(heads: int) -> Array:
+def alibi_slopes(heads: int) -> Array:
     """ALiBi's slopes of so many heads (Press et al., 2021): float32 (H,)."""
     whole = 2 ** math.floor(math.log2(heads))
     first = 2.0 ** (-8.0 * np.arange(1, whole + 1) / whole)

@@ -10,7 +10,7 @@ import pytest
 
 import kernelgen
 from kernelgen import ir
-from kernelgen.api_attention import slopes_of
+from kernelgen.api_attention import alibi_slopes
 from kernelgen.errors import KernelgenError
 
 Array = npt.NDArray[Any]
@@ -40,7 +40,7 @@ def never(mask: Array) -> Array:
 
 
 DOCUMENTS = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 1]])
-SLOPES = slopes_of(H)
+SLOPES = alibi_slopes(H)
 BIAS = RNG.standard_normal((1, H, T, S)).astype(np.float32)
 SINKS = RNG.standard_normal(H).astype(np.float32)
 
@@ -104,9 +104,11 @@ def test_no_query_gives_no_row() -> None:
 
 
 def test_slopes_are_those_of_the_paper() -> None:
-    np.testing.assert_allclose(slopes_of(8), 2.0 ** -np.arange(1, 9))
-    assert len(slopes_of(12)) == 12
-    np.testing.assert_allclose(slopes_of(12)[8:], 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5]), rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9))
+    assert len(alibi_slopes(12)) == 12
+    np.testing.assert_allclose(
+        alibi_slopes(12)[8:], 2.0 ** -np.array([0.5, 1.5, 2.5, 3.5]), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

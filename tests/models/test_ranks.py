@@ -360,6 +360,15 @@ def test_without_ranks_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
         models.connect(tp=2, pp=2)
 
 
+@pytest.mark.parametrize("said", ["abc", "-1", "0", ""])
+def test_an_environment_that_torchrun_did_not_set(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", said)
+    with pytest.raises(ConfigError, match="start by it, or unset"):
+        models.connect(tp=0)
+
+
 class Store:
     """Of torch.distributed, without it."""
 

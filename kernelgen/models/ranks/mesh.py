@@ -50,7 +50,7 @@ def connect(
     within 30 s, with a sentence on stderr and exit code 1.
     Raises ConfigError where there are not tp * pp * dp ranks, RankError where they do not meet.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = _started()
     if min(tp, pp - 1, dp - 1, micro) < 0 or count != (tp or max(1, count // (pp * dp))) * pp * dp:
         raise ConfigError(
             f"{tp or 'any'} tensor ranks x {pp} stages x {dp} replicas were asked for, and"
@@ -70,6 +70,17 @@ def connect(
     made = Mesh(torch, (dp, pp, tp or count // (pp * dp)), micro, backend)
     atexit.register(made.close, "it did not close its ranks before it ended")
     return made
+
+
+def _started() -> int:
+    """Processes that torchrun started."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise ConfigError(
+            f"WORLD_SIZE={said!r} is in the environment; torchrun sets it to the number of ranks:"
+            " start by it, or unset the variable"
+        )
+    return int(said)
 
 
 class Mesh(Ranks):
