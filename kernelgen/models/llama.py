@@ -41,6 +41,9 @@ PAGE = 32
 #: add up in another order than those for one (docs/models.md)
 TOGETHER = 16
 
+#: recorded steps that a cache keeps; each has the activations of all layers
+RECORDED = 2
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -229,7 +232,7 @@ class Decoder:
         decodes = len(turns[0][1]) == 1
         if decodes and self.ranks.count == 1:
             return self._step(turns, cache)
-        # of one sequence, so each begins where the one before has ended
+        # pieces of one prompt: each begins where the one before has ended
         pieces = (Batch(some, cache.lengths, decodes) for some in self.ranks.pieces(turns))
         return self._run(pieces, cache, decodes or every)
 
@@ -237,8 +240,10 @@ class Decoder:
         """Logits of a single token of each; what is launched is recorded, and replayed in the
         steps that follow of as many sequences."""
         key = (id(self), len(turns))
-        step: _Step | None = cache.steps.get(key)
+        step: _Step | None = cache.steps.pop(key, None)
         if step is None:
+            while len(cache.steps) >= RECORDED:  # the one that was not taken for longest
+                del cache.steps[next(iter(cache.steps))]
             batch = Batch(turns, cache.lengths, True)
             with record((batch.ids, batch.lengths)) as recording:
                 logits = self._run([batch], cache, True)
@@ -246,6 +251,7 @@ class Decoder:
             if recording.refused:
                 log.debug("steps of %d sequences are not replayed: %s", key[1], recording.refused)
             return logits.copy()
+        cache.steps[key] = step
         if step.recording.refused:
             return self._run([Batch(turns, cache.lengths, True)], cache, True)
         step.batch.load(turns, cache.lengths)
