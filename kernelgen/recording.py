@@ -41,7 +41,7 @@ class Recording:
         self._know(inputs)
 
     def replay(self) -> None:
-        """Launch all again; for one thread at a time."""
+        """Launch all again, where nothing was refused; for one thread at a time."""
         for call in self._calls:
             call()
 
@@ -56,6 +56,10 @@ class Recording:
                 self.refused = self.refused or (
                     f"an array of {one.dtype} {one.shape} is read that no launch before has written"
                 )
+        if self.refused:  # so nobody needs what was kept
+            self._calls.clear()
+            self._known.clear()
+            return
         self._know(fills)
         self._calls.append(call)
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,9 @@ PAGE = 32
 #: single tokens that go through each matrix together: up to so many rows no target has kernels that
 #: add up in another order than those for one (docs/models.md)
 TOGETHER = 16
+
+#: recorded steps that a cache keeps; each has the activations of all layers
+RECORDED = 2
 
 
 @dataclass(frozen=True)
@@ -229,35 +232,42 @@ class Decoder:
         decodes = len(turns[0][1]) == 1
         if decodes and self.ranks.count == 1:
             return self._step(turns, cache)
-        batches = [Batch(some, cache.lengths, decodes) for some in self.ranks.pieces(turns)]
-        return self._run(batches, cache, every)
+        # pieces of one prompt: each begins where the one before has ended
+        pieces = (Batch(some, cache.lengths, decodes) for some in self.ranks.pieces(turns))
+        return self._run(pieces, cache, decodes or every)
 
     def _step(self, turns: Sequence[Turn], cache: Sequences) -> Array:
         """Logits of a single token of each; what is launched is recorded, and replayed in the
         steps that follow of as many sequences."""
         key = (id(self), len(turns))
-        step: _Step | None = cache.steps.get(key)
+        step: _Step | None = cache.steps.pop(key, None)
         if step is None:
+            while len(cache.steps) >= RECORDED:  # the one that was not taken for longest
+                del cache.steps[next(iter(cache.steps))]
             batch = Batch(turns, cache.lengths, True)
             with record((batch.ids, batch.lengths)) as recording:
-                logits = self._run([batch], cache, False)
+                logits = self._run([batch], cache, True)
             cache.steps[key] = _Step(self, batch, recording, logits)
             if recording.refused:
                 log.debug("steps of %d sequences are not replayed: %s", key[1], recording.refused)
             return logits.copy()
+        cache.steps[key] = step
         if step.recording.refused:
-            return self._run([Batch(turns, cache.lengths, True)], cache, False)
+            return self._run([Batch(turns, cache.lengths, True)], cache, True)
         step.batch.load(turns, cache.lengths)
         step.recording.replay()
         return step.logits.copy()
 
-    def _run(self, batches: Sequence[Batch], cache: Sequences, every: bool) -> Array:
-        """Logits of batches that go through the stages one behind the other."""
-        parts = [self._blocks(batch, cache) for batch in batches]
+    def _run(self, batches: Iterable[Batch], cache: Sequences, every: bool) -> Array:
+        """Logits of batches that go through the stages one behind the other, or of the last token
+        alone."""
+        parts = []
+        for batch in batches:
+            parts.append(self._blocks(batch, cache))
         x = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        decodes = batches[0].decodes
-        if not every and not decodes:
+        if not every:
             x = x[-1:]
+        decodes = batch.decodes
         return self.ranks.logits(lambda: self._logits(x, decodes), len(x), self.vocabulary)
 
     def _check(self, turns: Sequence[Turn], counts: Sequence[int], cache: Sequences) -> None:

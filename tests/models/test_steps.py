@@ -77,6 +77,14 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
     assert model.forward([(0, [3])], cache).any()
 
 
+def test_few_are_kept(tmp_path: Path) -> None:
+    model = models.open(tiny.write(tmp_path / "model.gguf"), "numpy")
+    cache = begun(model)
+    for some in ([0], [0, 1], [0], [0, 1, 2], [1]):
+        model.forward([(sequence, [1]) for sequence in some], cache)
+    assert [size for _, size in cache.steps] == [3, 1]
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_nothing_depends_on_what_is_called_together(every: bool, tmp_path: Path) -> None:
     """Prompts of several lengths and single tokens in one call, and each in a call of its own."""
