@@ -76,8 +76,9 @@ def test_many_rows_are_multiplied_in_bfloat16_where_the_choice_is_free() -> None
     def precision(asked: str, caps: Capabilities, rows: int, fmt: str = "q4_K") -> str:
         return target.serve("matmul", formats.get(fmt), asked, caps, rows).precision
 
-    assert precision("auto", with_tiles, 32) == "bf16"
-    assert precision("auto", with_tiles, 31) == "int8"
+    assert precision("auto", with_tiles, 64) == "bf16"
+    assert precision("auto", with_tiles, 32) == "int8"
+    assert precision("bf16", with_tiles, 1) == "bf16"
     assert precision("int8", with_tiles, 512) == "int8"
     assert precision("auto", without, 512) == "int8"
     assert precision("auto", with_tiles, 512, "f16") == "fp32"  # int8 is not what it stands for

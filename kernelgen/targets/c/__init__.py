@@ -143,8 +143,8 @@ def _matmul(op: str, precision: str, style: str = "") -> Walk:
         ),
         symbols=_SYMBOLS,
         features=("matrix",) * tiles,
-        # up to 16 they gain nothing (docs/performance.md)
-        least_rows=32 if tiles else 0,
+        # up to 16 they gain nothing, and in bfloat16 up to 32 (docs/performance.md)
+        least_rows=(32 if precision == "int8" else 64) if tiles else 0,
         # sums stay in tiles over whole rows, and what is rounded to 8 bits keeps its exponent
         instead_of=("int8",) if tiles and precision == "bf16" else (),
         applies=integers if precision == "int8" else lambda fmt: None,
