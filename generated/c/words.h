@@ -77,6 +77,12 @@ INLINE void prefetch_part(const uint8_t *from, ptrdiff_t bytes, int part, int pa
     UNROLL
     for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i);
 }
+// The same of the second cache, which has room for more that is under way.
+INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
+    const ptrdiff_t begin = (bytes * part / parts + 63) / 64, end = (bytes * (part + 1) / parts + 63) / 64;
+    UNROLL
+    for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i, 0, 2);
+}
 
 // ---- one element ----------------------------------------------------------------------------
 
@@ -207,6 +213,42 @@ INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
 #include "words_plain.h"
 #endif
 
+#ifndef SIGNED_CODES
+// Signed codes, and such entries of a table, as dot_signed wants them.
+INLINE u32v signed_codes(u32v codes) { return codes; }
+INLINE u32v signed_lookup(const void *table, u32v index) { return lookup(table, index); }
+#endif
+
+// The second and fourth byte of each lane, to 16 bits each.
+INLINE u32v odd_bytes(u32v x) {
+    typedef uint16_t halves __attribute__((vector_size(4 * LANES)));
+    return (u32v)((halves)x >> 8);
+}
+#ifndef BYTE_OF
+// (x >> from) & 255, of bits that begin with a byte.
+INLINE u32v byte_of(u32v x, int from) { return (x >> from) & 255u; }
+#endif
+// ---- bits of bytes, which some CPUs move in one instruction ---------------------------------
+
+#ifndef BITS_OF
+// In each byte the bits of x >> from that `mask` has, moved up; none may leave its byte.
+INLINE u32v bits_of(u32v x, int from, uint32_t mask, int up) { return ((x >> from) & mask) << up; }
+// The bits of two words together.
+INLINE u32v bits_of_two(u32v x, int from, uint32_t mask, int up, u32v y, int y_from, uint32_t y_mask,
+                        int y_up) {
+    return bits_of(x, from, mask, up) | bits_of(y, y_from, y_mask, y_up);
+}
+// Four bits that follow one another, each to a byte and there moved up.
+INLINE u32v spread1_of(u32v x, int from, int up) { return spread1(x >> from) << up; }
+// Entries of a table of 16, for four bits of each byte.
+INLINE u32v lookup_of(const void *table, u32v x, int from) {
+    return lookup(table, (x >> from) & 0x0F0F0F0Fu);
+}
+INLINE u32v signed_lookup_of(const void *table, u32v x, int from) {
+    return signed_lookup(table, (x >> from) & 0x0F0F0F0Fu);
+}
+#endif
+
 // How many words a partial sum takes before it may pass `most`, for codes that reach so far from
 // their bias against activations up to 127: all `words` of a group, or a number that divides them.
 #define MOST_STEPS(most, reach) ((most) / (PARTIAL_PRODUCTS * 127 * (reach)))
@@ -225,19 +267,41 @@ INLINE u32v spread1(u32v x) { return ((x & 15u) * 0x00204081u) & 0x01010101u; }
     (MOST_STEPS(WEIGHED_MAX, reach) >= 1            \
      && (words) <= WEIGHED_STEPS(reach, words) * WEIGHED_MOST)
 
+// The sum of the first two bytes of each four, and of the last two; written for compilers that take
+// bytes out of vectors one by one.
+INLINE void sums_of_pairs(const int8_t *x, int count, int32_t *low, int32_t *high) {
+    typedef uint32_t four __attribute__((vector_size(16)));
+    int i = 0;
+    *low = *high = 0;
+    while (i + 16 <= count) {
+        four both = {0};
+        const int begin = i, end = count - i < 512 ? count / 16 * 16 : i + 512;  // so far 16 bits hold it
+        for (; i < end; i += 16) {
+            four above;
+            memcpy(&above, x + i, 16);
+            above ^= 0x80808080u;  // above it by 128, and so not negative
+            both += (above & 0x00FF00FFu) + (above >> 8 & 0x00FF00FFu);
+        }
+        const uint32_t sums = both[0] + both[1] + both[2] + both[3];
+        *low += (int32_t)(sums & 0xFFFFu) - (end - begin) * 64;
+        *high += (int32_t)(sums >> 16) - (end - begin) * 64;
+    }
+    for (; i < count; i += 4) *low += x[i] + x[i + 1], *high += x[i + 2] + x[i + 3];
+}
+INLINE int32_t sum_of_bytes(const int8_t *x, int count) {
+    int32_t low, high;
+    sums_of_pairs(x, count, &low, &high);
+    return low + high;
+}
+
 // What a partial sum begins with, where codes are `center` too large, for the activations of so
 // many words; `dot_unsigned` and `dot_signed` then give sums of codes less the center.
-INLINE int32_t sum_of_bytes(const int8_t *x, int count) {
-    int32_t sum = 0;
-    for (int i = 0; i < count; i++) sum += x[i];
-    return sum;
-}
 INLINE uint32_t partial_seed(const int8_t *x, int center, int words) {
+    int32_t low, high;
+    sums_of_pairs(x, 4 * words, &low, &high);
 #if PARTIAL_PRODUCTS == 4
-    return (uint32_t)(-center * sum_of_bytes(x, 4 * words));
+    return (uint32_t)(-center * (low + high));
 #else
-    int32_t low = 0, high = 0;
-    for (int i = 0; i < 4 * words; i += 4) low += x[i] + x[i + 1], high += x[i + 2] + x[i + 3];
     return ((uint32_t)(-center * low) & 0xFFFFu) | (uint32_t)(-center * high) << 16;
 #endif
 }

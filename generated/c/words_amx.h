@@ -39,6 +39,11 @@ INLINE void tiles_end(void) { _tile_release(); }
         TILE_MEMORY                          \
         _tile_loadd(t, from, stride);        \
     } while (0)
+#define tile_load_once(t, from, stride)      \
+    do {                                     \
+        TILE_MEMORY                          \
+        _tile_stream_loadd(t, from, stride); \
+    } while (0)
 #define tile_store(t, to, stride)            \
     do {                                     \
         _tile_stored(t, to, stride);         \

@@ -66,8 +66,14 @@ typedef int16_t partial __attribute__((vector_size(32)));
 #define PARTIAL_MAX 32767
 #define PARTIAL_PRODUCTS 2
 
+// Sums in the order of the source: clang would make trees of them, of which so many are under way that
+// they do not fit the registers.
+INLINE partial in_order(partial sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
 INLINE partial dot_unsigned(partial sum, u32v codes, int32_t x) {
-    return sum + (partial)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(x));
+    return in_order(sum + (partial)_mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(x)));
 }
 INLINE i32v widen(partial sum) {
     return (i32v)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
@@ -91,6 +97,6 @@ INLINE partial dot_signed(partial sum, u32v codes, int32_t x) {
 #if PARTIAL_PRODUCTS == 4
     return (partial)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)magnitude, xs);
 #else
-    return sum + (partial)_mm256_maddubs_epi16((__m256i)magnitude, xs);
+    return in_order(sum + (partial)_mm256_maddubs_epi16((__m256i)magnitude, xs));
 #endif
 }

@@ -4,6 +4,7 @@
 //   tiles_begin(depth)      before a thread uses tiles: 0..3 hold sums, 4 and 5 (a) have rows of
 //                           `depth` words, 6 and 7 (b) have `depth` rows; tiles_end() after it
 //   tile_zero(t), tile_load(t, from, stride), tile_store(t, to, stride)    stride in bytes
+//   tile_load_once(t, from, stride)    the same as tile_load, of what is not to stay in the first cache
 //   tile_dot_bf16(c, a, b)  c[m][n] += a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]    float32
 //   tile_dot_int8(c, a, b)  c[m][n] += sum over i = 0..3 of a[m][4k+i] b[k][4n+i]   int32
 //
@@ -38,6 +39,7 @@ INLINE void tile_load(int t, const void *from, ptrdiff_t stride) {
     for (int m = 0; m < rows; m++)
         memcpy(tile_registers[t] + m * TILE_STRIDE, (const uint8_t *)from + m * stride, (size_t)bytes);
 }
+#define tile_load_once tile_load
 INLINE void tile_store(int t, void *to, ptrdiff_t stride) {
     for (int m = 0; m < TILE; m++)
         memcpy((uint8_t *)to + m * stride, tile_registers[t] + m * TILE_STRIDE, TILE_STRIDE);
@@ -114,6 +116,28 @@ INLINE f32v exp2_falling(f32v x) {
 }
 
 #endif
+
+// NaN of any kind as one that rounding does not make a number of.
+INLINE f32v quiet(f32v x) {
+    const u32v bits = (u32v)x;  // compared as floats, halves that these were would be, one by one
+    return (f32v)blend_u32((bits & 0x7FFFFFFFu) > 0x7F800000u, splat_u32(0x7FC00000u), bits);
+}
+
+// Four codes of each row, bytes, times a scale and plus a base, as two words of bfloat16, rounded to
+// nearest.  A byte at bit 8 of the float 2^15 makes it 2^15 + byte; the base makes up for that, and
+// for signed bytes being taken as 128 more.
+#define CODE_ZERO(is_signed) (32768.0f + 128.0f * (is_signed))
+INLINE void scale_codes(u32v codes, int is_signed, f32v scale, f32v base, u32v words[2]) {
+    const u32v shifted[4] = {codes << 8, codes, codes >> 8, codes >> 16};
+    u32v values[4];
+    UNROLL
+    for (int l = 0; l < 4; l++) {
+        const f32v code = (f32v)((shifted[l] & 0xFF00u) ^ (is_signed ? 0x47008000u : 0x47000000u));
+        values[l] = (u32v)(scale * code + base) + 0x8000u;
+    }
+    words[0] = values[0] >> 16 | (values[1] & 0xFFFF0000u);
+    words[1] = values[2] >> 16 | (values[3] & 0xFFFF0000u);
+}
 
 // Products of 16 bits, two in each lane.
 typedef int16_t i16v __attribute__((vector_size(4 * LANES)));
