@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from kernelgen.errors import FileError
 from kernelgen.ir.block import BlockFormat
-from kernelgen.ir.encode import CODE, bit_positions, code_table, is_shuffled, put_half, scatter
+from kernelgen.ir.encode import CODE, bit_positions, code_table, is_shuffled, overwrite, put_half
 from kernelgen.ir.evaluate import evaluate
 from kernelgen.ir.expr import Field, var
 
@@ -117,11 +117,9 @@ def _give_numbers(fmt: BlockFormat, blocks: Array, rng: np.random.Generator) -> 
     values = code_table(fmt) if fmt.float_codes else None
     if values is None or np.isfinite(values).all() or not is_shuffled(fmt):
         return
-    place = bit_positions(fmt)[CODE]
-    for at in place.position.ravel():
-        blocks[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
     usable = np.flatnonzero(np.isfinite(values))
-    scatter(blocks, rng.choice(usable, (len(blocks), fmt.block)), place)
+    chosen = rng.choice(usable, (len(blocks), fmt.block))
+    overwrite(blocks, chosen, bit_positions(fmt)[CODE])
 
 
 def write(fmt: BlockFormat, out: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kernelgen.errors import FormatError
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.cells import Cells, parts_of
-from kernelgen.ir.encode import is_shuffled
+from kernelgen.ir.encode import is_shuffled, overwrite
 
 Array = npt.NDArray[Any]
 
@@ -40,8 +40,5 @@ def with_every_row(fmt: BlockFormat, blocks: Array) -> Array:
     for one in _cells(fmt):
         count, width = len(made) * len(one.elements), one.bits.width
         values = np.resize(rng.permutation(1 << width), count).reshape(len(made), -1)
-        for cell, positions in enumerate(one.bits.position.tolist()):
-            for bit, at in enumerate(positions):
-                made[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
-                made[:, at // 8] |= ((values[:, cell] >> bit & 1) << (at % 8)).astype(np.uint8)
+        overwrite(made, values, one.bits)
     return made

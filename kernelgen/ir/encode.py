@@ -191,10 +191,14 @@ def encode(
 
 def put_half(fmt: BlockFormat, blocks: Array, name: str, values: Array) -> None:
     """Write one of the format's `halves` into blocks, uint8 (n, nbytes): f16 values (n,)."""
-    where = group_bits(fmt)[name]
+    overwrite(blocks, values.astype("<f2").view("<u2")[:, None], group_bits(fmt)[name])
+
+
+def overwrite(blocks: Array, values: Array, where: Bits) -> None:
+    """Put values (n, elements) where others may be in blocks, uint8 (n, nbytes)."""
     for at in where.position.ravel():
         blocks[:, at // 8] &= np.uint8(255 - (1 << (at % 8)))
-    scatter(blocks, values.astype("<f2").view("<u2")[:, None], where)
+    scatter(blocks, values, where)
 
 
 def _given(name: str, ints: Mapping[str, Array], fields: Mapping[str, Array]) -> Array:
