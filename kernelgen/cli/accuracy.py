@@ -19,6 +19,7 @@ from kernelgen.cli.terminal import (
     Names,
     console,
     pick_formats,
+    pick_numbers,
     print_json,
     progress_bar,
     said_of,
@@ -117,17 +118,14 @@ def _precisions(given: Names) -> tuple[str, ...]:
 
 
 def _columns(given: Names, formats: Iterable[BlockFormat]) -> tuple[int, ...]:
-    names = split_names(given)
-    if not all(one.isdecimal() and int(one) for one in names):
-        raise ShapeError(f"--columns {','.join(names)} was given; write numbers, as 256,4096")
-    chosen = tuple(map(int, names)) or COLUMNS
-    for one in chosen if names else ():
+    asked = pick_numbers(given, "--columns", "numbers, as 256,4096")
+    for one in asked:
         if all(one % fmt.block for fmt in formats):
             raise ShapeError(
                 f"{one} columns were asked for, which no format here divides into blocks;"
                 " multiples of 256 suit all"
             )
-    return chosen
+    return tuple(asked) or COLUMNS
 
 
 def _print(what: str, rows: list[Measured]) -> None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from kernelgen import targets as target_list
 from kernelgen.cli import format_files
-from kernelgen.errors import TargetError
+from kernelgen.errors import ShapeError, TargetError
 from kernelgen.ir import formats as format_list
 from kernelgen.ir.block import BlockFormat
 from kernelgen.ir.formats.families import FAMILIES
@@ -77,6 +77,14 @@ def split_names(given: Names) -> list[str]:
     """Names of a repeated option, commas split, each once."""
     parts = (part.strip() for one in given or () for part in one.split(","))
     return list(dict.fromkeys(part for part in parts if part))
+
+
+def pick_numbers(given: Names, option: str, wanted: str) -> list[int]:
+    """Numbers above 0; ShapeError, which says what is `wanted`, where one is none."""
+    names = split_names(given)
+    if not all(one.isdecimal() and int(one) for one in names):
+        raise ShapeError(f"{option} {','.join(names)} was given; write {wanted}")
+    return list(map(int, names))
 
 
 def pick_formats(given: Names) -> list[BlockFormat]:

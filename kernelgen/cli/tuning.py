@@ -27,6 +27,7 @@ from kernelgen.cli.terminal import (
     console,
     pick_formats,
     pick_kinds,
+    pick_numbers,
     print_json,
     split_names,
     table,
@@ -242,7 +243,7 @@ def _problems(
         }
         if not matrices:
             raise ShapeError(f"{model} has no matrices of the formats asked for")
-        counts = _counts(rows) or _MODEL_ROWS
+        counts = pick_numbers(rows, "--rows", "numbers above 0, as 1,128") or _MODEL_ROWS
         for fmt, n, k in sorted(matrices, key=lambda one: (one[0].name, one[1:])):
             for m in counts:
                 yield MatmulProblem(fmt, m, n, k, **vars(asked))
@@ -259,14 +260,6 @@ def _problems(
     for fmt in pick_formats([] if names == ["all"] else names):
         for text in shapes:
             yield problem_of(op, fmt, text, asked)
-
-
-def _counts(rows: Names) -> list[int]:
-    """Rows of activations."""
-    names = split_names(rows)
-    if not all(one.isdecimal() and int(one) for one in names):
-        raise ShapeError(f"--rows {','.join(names)} was given; write numbers above 0, as 1,128")
-    return list(map(int, names))
 
 
 def _sizes_of(op: str) -> str:
