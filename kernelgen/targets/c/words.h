@@ -71,15 +71,17 @@
 INLINE void prefetch(const uint8_t *from, ptrdiff_t bytes) {
     for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
-// The same for one of `parts` equal parts of `bytes`, of which each line belongs to one.
+// The first line of one of `parts` equal parts of `bytes`: each line belongs to one.
+INLINE ptrdiff_t line_of_part(ptrdiff_t bytes, int part, int parts) { return (bytes * part / parts + 63) / 64; }
+// The same for such a part.
 INLINE void prefetch_part(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
-    const ptrdiff_t begin = (bytes * part / parts + 63) / 64, end = (bytes * (part + 1) / parts + 63) / 64;
+    const ptrdiff_t begin = line_of_part(bytes, part, parts), end = line_of_part(bytes, part + 1, parts);
     UNROLL
     for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i);
 }
 // The same of the second cache, which has room for more that is under way.
 INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
-    const ptrdiff_t begin = (bytes * part / parts + 63) / 64, end = (bytes * (part + 1) / parts + 63) / 64;
+    const ptrdiff_t begin = line_of_part(bytes, part, parts), end = line_of_part(bytes, part + 1, parts);
     UNROLL
     for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i, 0, 2);
 }

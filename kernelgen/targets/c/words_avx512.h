@@ -29,6 +29,10 @@ INLINE i32v rows_i16(const uint8_t *field, ptrdiff_t index) {
 INLINE __m512i table_of_16(const void *entries) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)entries));
 }
+// Each entry too large by 128, as signed codes are.
+INLINE __m512i signed_table_of_16(const void *entries) {
+    return (__m512i)((u32v)table_of_16(entries) ^ 0x80808080u);
+}
 INLINE u32v lookup(const void *table, u32v index) {
     return (u32v)_mm512_shuffle_epi8(table_of_16(table), (__m512i)index);
 }
@@ -107,8 +111,7 @@ INLINE u32v lookup_of(const void *table, u32v x, int from) {
     return (u32v)_mm512_permutexvar_epi8((__m512i)(x >> from), table_of_16(table));
 }
 INLINE u32v signed_lookup_of(const void *table, u32v x, int from) {
-    const __m512i entries = (__m512i)((u32v)table_of_16(table) ^ 0x80808080u);
-    return (u32v)_mm512_permutexvar_epi8((__m512i)(x >> from), entries);
+    return (u32v)_mm512_permutexvar_epi8((__m512i)(x >> from), signed_table_of_16(table));
 }
 #endif
 
@@ -131,8 +134,7 @@ typedef i32v partial;
 #define SIGNED_CODES
 INLINE u32v signed_codes(u32v codes) { return codes ^ 0x80808080u; }
 INLINE u32v signed_lookup(const void *table, u32v index) {
-    const __m512i entries = (__m512i)((u32v)table_of_16(table) ^ 0x80808080u);
-    return (u32v)_mm512_shuffle_epi8(entries, (__m512i)index);
+    return (u32v)_mm512_shuffle_epi8(signed_table_of_16(table), (__m512i)index);
 }
 
 INLINE partial dot_unsigned(partial sum, u32v codes, int32_t x) {
