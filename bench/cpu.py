@@ -83,10 +83,12 @@ class Candidate:
 class Bench:
     """What is measured at one shape; rivals that have their own weights make them once."""
 
-    def __init__(self, n: int, k: int, ms: list[int], who: list[Rival], repeats: int) -> None:
+    def __init__(
+        self, n: int, k: int, ms: list[int], who: list[Rival], repeats: int, memory: int = 0
+    ) -> None:
         self.n, self.k, self.ms, self.repeats = n, k, tuple(ms), repeats
         rows = np.random.default_rng(n).standard_normal((DISTINCT, k), np.float32)
-        self.of_floats = Problem(n, rows, self.ms)
+        self.of_floats = Problem(n, rows, self.ms, memory=memory)
         self.limits = Limits()
         self.absent: dict[str, str] = {}
         self.workers = [Worker(rival) for rival in who]
@@ -113,10 +115,11 @@ class Bench:
     def prepare(self, fmt: BlockFormat) -> Callable[[], Iterator[Record]]:
         """Quantizes, repacks, compiles; what it returns measures."""
         few = QuantTensor(fmt, (DISTINCT, self.k), sample_weights(fmt, DISTINCT, self.k))
-        problem = Problem(self.n, few.dequantize(), self.ms, fmt.name, few.data)
+        memory = self.of_floats.memory
+        problem = Problem(self.n, few.dequantize(), self.ms, fmt.name, few.data, memory)
         same = [worker for worker in self.same if self._make(worker, problem)]
         nbytes = self.n * fmt.row_bytes(self.k)
-        reads = self.limits.reads(nbytes)
+        reads = self.limits.reads(nbytes, memory)
 
         def measure() -> Iterator[Record]:
             timed: dict[str, tuple[int, Candidate]] = {"read": (0, self._reading(reads))}
@@ -220,6 +223,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), metavar="M")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--memory", type=int, default=0, metavar="MB",
+        help="copies of the weights come to so much, and each call takes the next: more than the"
+        " last cache holds, as a model's layers do",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="q4_K at 4096x14336")
     parser.add_argument("--out", type=Path, help="JSON lines, which are added to a file")
     parser.add_argument("--report", type=Path, nargs="+", help="show such files; measure nothing")
@@ -251,11 +259,11 @@ def run(given: argparse.Namespace) -> Iterator[Record]:
         print(why, file=sys.stderr)
     who = rivals(given.llama, given.ik)
     for n, k in given.shapes:
-        bench = Bench(n, k, given.rows, who, given.repeats)
+        bench = Bench(n, k, given.rows, who, given.repeats, given.memory * 10**6)
         for name in given.formats:
             measure = bench.prepare(formats.get(name))
             if name == given.formats[0]:
-                yield machine()
+                yield machine() | {"memory": given.memory}
                 limits = bench.limits.operations()
                 yield from ({"what": "limit", "name": a, "gop_per_s": b} for a, b in limits.items())
             yield from measure()

@@ -7,6 +7,7 @@ that the kernels beside it are made with.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 import tempfile
 import time
@@ -54,17 +55,18 @@ class Limits:
             function = getattr(self._library, name)
             function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_void_p]
 
-    def reads(self, nbytes: int) -> dict[str, Callable[[], int]]:
-        """Functions that read as many bytes, in each way; the same bytes every time, as weights
-        are."""
+    def reads(self, nbytes: int, memory: int = 0) -> dict[str, Callable[[], int]]:
+        """Functions that read as many bytes, in each way: the same every time, as weights are, or
+        the next of parts that come to `memory` bytes together."""
         line = 64
-        whole = np.ones(nbytes + line, np.uint8)
-        start = -whole.ctypes.data % line
-        data = whole[start : start + nbytes]
-        read, address = self._library.read_all, data.ctypes.data
+        parts = max(1, -(-memory // nbytes))
+        whole = np.ones(parts * nbytes + line, np.uint8)
+        start = whole.ctypes.data + -whole.ctypes.data % line
+        addresses = itertools.cycle([start + part * nbytes // line * line for part in range(parts)])
+        read = self._library.read_all
 
         def way(streams: int, ahead: int) -> Callable[[], int]:
-            return lambda _kept=whole: int(read(address, nbytes, streams, ahead))  # type: ignore[misc]
+            return lambda _kept=whole: int(read(next(addresses), nbytes, streams, ahead))  # type: ignore[misc]
 
         return {f"{s} streams, {a} lines ahead": way(s, a) for s, a in WAYS_TO_READ}
 

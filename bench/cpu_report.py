@@ -83,6 +83,8 @@ def text(records: list[Record]) -> str:
             versions = ", ".join(" ".join(one) for one in r["versions"].items())
             lines += [f"{r['time']}: {r['device']}, {r['isa']}, {r['threads']} threads,"
                       f" {r['compiler']}; {versions}", ""]  # fmt: skip
+            if r.get("memory"):
+                lines += [f"copies of the weights of {r['memory']} MB, in turn", ""]
         elif r["what"] == "limit":
             lines += [f"int8 products in registers, {r['name']}: {r['gop_per_s']:.0f} GOP/s", ""]
         elif r["what"] == "absent":

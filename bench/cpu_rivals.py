@@ -8,8 +8,10 @@ floats.  Nothing here is imported before it is used, and a rival that is not ins
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ class Problem:
     ms      rows of each x
     format  of w, for those who take its blocks
     blocks  uint8 (R, bytes of a row), of the rows that differ
+    memory  bytes that copies of w are to come to together, of which each call takes the next
     """
 
     n: int
@@ -53,6 +56,7 @@ class Problem:
     ms: tuple[int, ...]
     format: str = ""
     blocks: Array | None = None
+    memory: int = 0
 
     @functools.cached_property
     def x(self) -> dict[int, Array]:
@@ -75,6 +79,12 @@ class Problem:
         """What belongs to the R rows that differ, (R, ...), for all N rows."""
         return np.resize(rows, (self.n, *rows.shape[1:]))
 
+    def copies(self, bits: float) -> Iterator[Problem]:
+        """The same problem, as often as weights of so many bits each come to `memory`."""
+        nbytes = self.n * self.k * bits / 8
+        for _ in range(max(1, math.ceil(self.memory / nbytes))):
+            yield replace(self)  # which has made no w yet
+
     def error(self, m: int, y: Array) -> float:
         """The root mean square of what a result, (M, N), is off by, relative to the values'."""
         few = self.x[m].astype(np.float64) @ self.rows.T.astype(np.float64)
@@ -94,6 +104,31 @@ class Product:
 Ways = dict[str, dict[int, Product]]
 
 
+def in_rotation(copies: list[Ways]) -> Ways:
+    """Of the same ways with copies of the weights: each run is that of the next copy."""
+
+    def rotating(products: list[Product]) -> Product:
+        turn = itertools.cycle(products)
+        last = products[0]
+
+        def run() -> None:
+            nonlocal last
+            last = next(turn)
+            last.run()
+
+        return Product(run, lambda: last.result())
+
+    if len(copies) == 1:
+        return copies[0]
+    for copy in copies:
+        for by_m in copy.values():
+            by_m[min(by_m)].run()  # packs
+    return {
+        way: {m: rotating([copy[way][m] for copy in copies]) for m in by_m}
+        for way, by_m in copies[0].items()
+    }
+
+
 @dataclass(frozen=True)
 class Rival:
     """Somebody else's product.
@@ -109,6 +144,16 @@ class Rival:
     bits: int
     error: float
     make: Callable[[Problem], Ways]
+
+    def made(self, problem: Problem) -> Ways:
+        """Its ways, over as many copies of the weights as the problem asks for.
+
+        Raises AbsentError."""
+        bits: float = self.bits
+        if self.same:
+            assert problem.blocks is not None
+            bits = 8 * problem.blocks.size / problem.rows.size
+        return in_rotation([self.make(copy) for copy in problem.copies(bits)])
 
     def serves(self, bits: float) -> bool:
         """Whether it keeps about as much as a format of so many bits does."""
@@ -370,7 +415,7 @@ def _openvino_ways(core: Any) -> Iterator[tuple[str, str, int]]:
 
 
 def _of_request(openvino: Any, compiled: Any, x: Array, kept: Any) -> Product:
-    """`kept` is what must live as long."""
+    """`kept` is what must live as long, as does x."""
     request = compiled.create_infer_request()
     request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-    return Product(request.infer, lambda _kept=kept: request.get_output_tensor().data)  # type: ignore[misc]
+    return Product(request.infer, lambda _kept=(kept, x): request.get_output_tensor().data)  # type: ignore[misc]

@@ -65,7 +65,7 @@ class _Service:
         self.ways = {}
         gc.collect()  # what was there before goes first
         self.problem = problem
-        self.ways = self.rival.make(problem)
+        self.ways = self.rival.made(problem)
         self.trials, self.out = {}, {}
         for by_m in self.ways.values():
             for product in by_m.values():  # compiles, packs

@@ -33,6 +33,9 @@ _FOLDERS = ("", "build/bin", "bin", "lib", "build/ggml/src", "ggml/src", "build/
 #: types of ggml go by number; those in files lie below
 _FILE_TYPES = 64
 
+#: tensors, and graphs, that a context has room for; tensors that a graph may make
+_ROOM, _NODES = 256, 16
+
 _P, _S = c_void_p, c_size_t
 #: what is called, by both libraries alike: result, arguments
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -86,6 +89,19 @@ def _silent(level: int, text: bytes, data: int) -> None:
     """ggml tells of every tensor that it repacks."""
 
 
+class _Room:
+    """A context: where descriptions of tensors and of graphs lie, not elements.  ik_llama.cpp
+    allows 64 of them, so each takes many, and is freed when the last that lies there has gone."""
+
+    def __init__(self, library: Ggml) -> None:
+        size = _ROOM * (library.call("ggml_tensor_overhead") + library.call("ggml_graph_overhead"))
+        made: int | None = library.call("ggml_init", _InitParams(size + 1024, None, True))
+        if made is None:
+            raise GgmlError(f"{library.name} has no memory for a context")
+        self.context, self.left = made, _ROOM
+        weakref.finalize(self, library.call, "ggml_free", made)
+
+
 class Tensor:
     """A tensor of ggml with memory of its own.
 
@@ -96,11 +112,11 @@ class Tensor:
 
     def __init__(self, library: Ggml, type_: int, sizes: tuple[int, ...], place: int) -> None:
         self._library, self.type = library, type_
-        self._context = library.context(1)
+        self._room = library.room(1)
         filled = (*sizes, 1, 1, 1)[:4]
-        self.handle: int = library.call("ggml_new_tensor_4d", self._context, type_, *filled)
+        self.handle: int = library.call("ggml_new_tensor_4d", self._room.context, type_, *filled)
         self.nbytes: int = library.call("ggml_nbytes", self.handle)
-        library.allocate(self._context, place, self)
+        library.allocate(self._room, place, self)
 
     def set(self, data: np.ndarray) -> None:
         """Put the elements there, given as an array of as many bytes; repacks, if the place does.
@@ -122,11 +138,11 @@ class Graph:
 
     def __init__(self, library: Ggml, build: Callable[[int], int]) -> None:
         self._library, self._build = library, build  # which knows the tensors that must live on
-        self._context = library.context(64, graph=True)
-        self._node = build(self._context)
-        self._graph = library.call("ggml_new_graph", self._context)
+        self._room = library.room(_NODES)
+        self._node = build(self._room.context)
+        self._graph = library.call("ggml_new_graph", self._room.context)
         library.call("ggml_build_forward_expand", self._graph, self._node)
-        library.allocate(self._context, library.default_place, self)
+        library.allocate(self._room, library.default_place, self)
         # looked up once: what a call costs besides the work is two pointers
         compute, backend, graph = library.compute, library.backend, self._graph
 
@@ -172,7 +188,7 @@ class Ggml:
         if self._has("ggml_log_set"):
             self.declare("ggml_log_set", None, [_Log, _P])
             self.call("ggml_log_set", _silent, None)
-        self.context(1)  # the first makes ggml's tables; small, and lives as long as the library
+        self._room = _Room(self)  # the first makes ggml's tables
         self.backend: int = self.call("ggml_backend_cpu_init")
         self.call("ggml_backend_cpu_set_n_threads", self.backend, threads)
         self.default_place: int = self.call("ggml_backend_cpu_buffer_type")
@@ -198,25 +214,21 @@ class Ggml:
         """Call a function that was declared."""
         return self._functions[name](*arguments)
 
-    def context(self, tensors: int, graph: bool = False) -> int:
-        """Room for the descriptions of so many tensors and perhaps a graph, not for elements."""
-        size = tensors * self.call("ggml_tensor_overhead") + 1024
-        size += self.call("ggml_graph_overhead") if graph else 0
-        made: int | None = self.call("ggml_init", _InitParams(size, None, True))
-        if made is None:
-            raise GgmlError(f"{self.name} has no memory for a context")
-        return made
+    def room(self, tensors: int) -> _Room:
+        """Room for the descriptions of so many tensors and of a graph."""
+        if self._room.left < tensors:
+            self._room = _Room(self)
+        self._room.left -= tensors
+        return self._room
 
-    def allocate(self, context: int, place: int, owner: object) -> None:
-        """Memory for all tensors of a context, which is freed with its owner; so is the context."""
-        made: int | None = self.call("ggml_backend_alloc_ctx_tensors_from_buft", context, place)
+    def allocate(self, room: _Room, place: int, owner: object) -> None:
+        """Memory for all tensors of a context that have none, which is freed with its owner."""
+        made: int | None = self.call(
+            "ggml_backend_alloc_ctx_tensors_from_buft", room.context, place
+        )
         if made is None:
             raise GgmlError(f"{self.name} has no memory for these tensors")
-        weakref.finalize(owner, self._free, made, context)
-
-    def _free(self, buffer: int, context: int) -> None:
-        self.call("ggml_backend_buffer_free", buffer)
-        self.call("ggml_free", context)
+        weakref.finalize(owner, self.call, "ggml_backend_buffer_free", made)
 
     def type_number(self, name: str) -> int:
         """The number of a type of files, by its name, such as "q4_K".

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 
 from bench import cpu_report, llama_bench
 from bench.cpu_limits import Limits
-from bench.cpu_rivals import AbsentError, Problem, Rival, rivals
+from bench.cpu_rivals import AbsentError, Problem, Product, Rival, Ways, rivals
 from bench.cpu_worker import Worker
 from bench.ggml import Ggml, GgmlError, products
 from kernelgen.bench import in_turns
@@ -94,6 +96,44 @@ def test_engines_multiply_or_say_why_not(name: str) -> None:
         for m, product in by_m.items():
             product.run()
             assert one.error(m, product.result()) <= rival.error, (way, m)
+
+
+def test_each_call_multiplies_the_next_copy_of_the_weights() -> None:
+    called: list[int] = []
+
+    def make(problem: Problem) -> Ways:
+        number = made.append(problem) or len(made)
+        x = problem.x[5]
+        return {
+            "way": {5: Product(lambda: called.append(number), lambda: np.full((1, 1), number))},
+            "other": {5: Product(lambda: called.append(-number), lambda: x)},
+        }
+
+    made: list[Problem] = []
+    one = dataclasses.replace(
+        problem(ms=(5,)), memory=2 * 64 * K * 9 // 16 + 1
+    )  # of q4_K: 4.5 bits
+    ways = Rival("many", True, 0, 0.0, make).made(one)
+    assert len(made) == 3 and all(copy.w is not one.w for copy in made)
+    assert sorted(called) == [-3, -2, -1, 1, 2, 3]  # each was called once, to pack
+    called.clear()
+    product = ways["way"][5]
+    for turn in range(5):
+        product.run()
+        assert product.result() == called[-1] == turn % 3 + 1
+    assert called == [1, 2, 3, 1, 2]
+
+
+def test_parts_of_memory_are_read_in_turn() -> None:
+    if isinstance(find_compiler(), str):
+        pytest.skip("no C compiler")
+    limits, nbytes = Limits(), 64 * 24
+    seen: list[int] = []
+    limits._library = SimpleNamespace(read_all=lambda address, *rest: seen.append(address) or 0)
+    read = next(iter(limits.reads(nbytes, 2 * nbytes + 1).values()))
+    for _ in range(4):
+        read()
+    assert [at - seen[0] for at in seen] == [0, nbytes, 2 * nbytes, 0] and seen[0] % 64 == 0
 
 
 def test_builds_that_are_not_there_are_named(tmp_path: Path) -> None:
