@@ -364,11 +364,17 @@ def attention_arguments(
     return [operands[name] for name in names], [*sizes, *strides(kind, operands).values(), *pages]
 
 
+#: bytes of a cache line, and of the larger pages that x86 and ARM have
+LINE, LARGE_PAGE = 64, 1 << 21
+
+
 def _aligned(size: int) -> Array:
-    """Bytes that begin at a cache line, so that no vector of a tile lies across two of them."""
-    line = 64
-    whole = np.empty(size + line, np.uint8)
-    start = -address(whole) % line
+    """Bytes that begin at a cache line, so that no vector of a tile lies across two of them; where
+    there are many, at a large page, of which Linux makes what numpy allocates from 4 MB on: reading
+    does not wait for a table of small pages then."""
+    begin = LINE if size < 2 * LARGE_PAGE else LARGE_PAGE
+    whole = np.empty(size + begin, np.uint8)
+    start = -address(whole) % begin
     return whole[start : start + size]
 
 
