@@ -22,8 +22,8 @@ class RowTileConfig(Config):
     """
 
     columns: int = choice(4, 1, 2, 3, 4, 5, 6, 8, 10, 12)
-    prefetch: int = choice(3072, 0, 2048, 3072, 4096, 8192)
-    near: int = choice(768, 0, 512, 768, 1024)
+    prefetch: int = choice(4096, 0, 2048, 3072, 4096, 8192)
+    near: int = choice(2048, 0, 512, 1024, 2048)
     share: int = choice(0, 0, 1, 4)
     layout: str = choice("interleaved", "interleaved", "native")
 
