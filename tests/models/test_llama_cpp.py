@@ -27,10 +27,14 @@ Array = npt.NDArray[Any]
 
 POSITIONS = 256
 
+#: parts of so many positions of the text that a model has learnt
+PARTS = 4
+
 LAYOUTS = ("f16", "q8_0", "q4_K", "q4_K_M")
 
-#: of training: a minute of two idle cores
-STEPS = 150
+#: characters that a model learns, and steps in which it does, two minutes of two idle cores: it
+#: is as sure of what follows as a large model is of any text
+CHARACTERS, STEPS = 8000, 200
 
 #: In a process of its own, as it brings its own threads.  Its extra buffers hold weights repacked
 #: for AMX, with which 0.3.36 crashes on batches of these quantized weights.
@@ -72,7 +76,7 @@ def cosines(a: Array, b: Array) -> Array:
     return found
 
 
-#: rows of logits of 256 positions: of llama.cpp, of kernelgen, and of kernelgen without rounding
+#: rows of logits, of each position: of llama.cpp, of kernelgen, and of kernelgen without rounding
 Logits = tuple[Array, Array, Array]
 
 
@@ -113,23 +117,28 @@ def told(what: str, found: Logits) -> dict[str, tuple[float, float, float]]:
     return result
 
 
-def check(layout: str, found: Logits, result: dict[str, tuple[float, float, float]]) -> None:
+def check(
+    layout: str, found: Logits, result: dict[str, tuple[float, float, float]], share: float
+) -> None:
+    """`share` is how often the same token must be the most probable one."""
     other, ours, exact = found
     cosine, same, lost = result["llama.cpp, ours"]
+    assert same >= share
     if layout == "f16":
-        assert cosine >= 0.9999 and same >= 0.99 and lost < 1e-5
+        assert cosine >= 0.9999 and lost < 1e-5
         return
-    assert cosine >= 0.999 and same >= 0.97 and lost < 2e-3
+    assert cosine >= 0.999 and lost < 2e-3
     assert result["exact, ours"][1] >= 0.98
     assert result["exact, ours"][2] <= 1.2 * result["exact, llama.cpp"][2]
     # where they differ, the two tokens are nearly as probable
-    at, first, second = np.arange(POSITIONS), ours.argmax(-1), other.argmax(-1)
+    at, first, second = np.arange(len(ours)), ours.argmax(-1), other.argmax(-1)
     assert np.abs(exact[at, first] - exact[at, second]).max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_are_those_of_llama_cpp(layout: str, tmp_path: Path, record_property: Any) -> None:
-    """Random weights, in which each token asks for one other to follow it.
+    """Random weights, in which each token asks for one other to follow it, so weakly that rounding
+    decides at some positions.
 
     Both programs round activations of quantized weights to 8 bits, each in its own way; so both are
     measured by logits of which nothing was rounded, too.
@@ -144,22 +153,21 @@ def test_logits_are_those_of_llama_cpp(layout: str, tmp_path: Path, record_prope
     found = compared(path, tokens)
     result = told(f"random {layout}", found)
     record_property(layout, result)
-    check(layout, found, result)
+    check(layout, found, result, 0.99 if layout == "f16" else 0.97)
 
 
 @pytest.fixture(scope="module")
 def learnt() -> tuple[dict[str, Array], dict[str, Any], list[int]]:
-    """Trained weights, their vocabulary, and tokens of a text that was not learnt: the start of
-    the guide for contributors."""
+    """Trained weights, their vocabulary, and the tokens that were learnt."""
     pytest.importorskip("torch")
     from bench import trained_model
 
     text = trained_model.corpus()
     tokenizer, words = trained_model.vocabulary(text)
-    values, losses = trained_model.trained(np.array(tokenizer.encode(text).ids), STEPS)
-    assert np.mean(losses[-10:]) < 0.8 * losses[0]
-    unseen = (trained_model.ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    return values, words, tokenizer.encode(unseen).ids[:POSITIONS]
+    tokens = tokenizer.encode(text[:CHARACTERS]).ids
+    values, losses = trained_model.trained(np.array(tokens), STEPS)
+    assert np.mean(losses[-10:]) < 0.2 * losses[0]
+    return values, words, tokens[: PARTS * POSITIONS]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -173,7 +181,9 @@ def test_so_of_a_trained_model(
 
     values, words, tokens = learnt
     path = trained_model.write(tmp_path / "trained.gguf", layout, values, words)
-    found = compared(path, tokens)
+    parts = [compared(path, tokens[at : at + POSITIONS]) for at in range(0, len(tokens), POSITIONS)]
+    other, ours, exact = (np.concatenate(one) for one in zip(*parts, strict=True))
+    found = other, ours, exact
     result = told(f"trained {layout}", found)
     record_property(layout, result)
-    check(layout, found, result)
+    check(layout, found, result, 0.99)
