@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernelgen.config import Capabilities
+from kernelgen.problem import MATVEC_ROWS
 from kernelgen.targets.base import Kernel, Target
 
 #: a file's text, or its bytes
@@ -47,6 +48,11 @@ class Point:
     family: str
     seconds: float
     default_seconds: float | None
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """From how many to how many rows it may serve: few say nothing of other numbers of them."""
+        return (self.m, self.m) if self.m <= MATVEC_ROWS else (MATVEC_ROWS + 1, MOST_ROWS)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kernelgen.ir.ops import library
 from kernelgen.ir.ops.attention import Attention
 from kernelgen.ir.ops.library import Kind
 from kernelgen.ir.ops.rows import written
-from kernelgen.problem import PRECISIONS, choose_precision, op_for, row_bucket
+from kernelgen.problem import MATVEC_ROWS, PRECISIONS, choose_precision, op_for, row_bucket
 
 #: what may be minimized
 OBJECTIVES = ("time", "energy")
@@ -142,7 +142,8 @@ class Problem(Asked, ABC):
 
     def apart(self, shape: tuple[int, ...]) -> float | None:
         """How far a shape is from this one in powers of two: 0 for the same bucket, None where it
-        says nothing about this one."""
+        says nothing about this one, as few rows say nothing of other numbers of them: what is best
+        for one goes over the weights twice for two."""
         if len(shape) != len(self.shape):
             return None
         total = 0.0
@@ -151,7 +152,7 @@ class Problem(Asked, ABC):
             if rows and row_bucket(mine) == row_bucket(other):
                 continue
             off = abs(math.log2(mine / other))
-            if off > (1 if rows else _NEAR):
+            if off > (1 if rows else _NEAR) or (rows and min(mine, other) <= MATVEC_ROWS):
                 return None
             total += off
         return total

@@ -112,6 +112,15 @@ def test_rows_of_a_bucket_share_an_entry(made_up: tuple[Target, Runtime]) -> Non
     assert chosen(made_up, m=600)[0] == lookup.DEFAULT
 
 
+def test_few_rows_say_nothing_of_other_numbers_of_them(made_up: tuple[Target, Runtime]) -> None:
+    entry(made_up, 4, m=1)
+    assert chosen(made_up, m=1) == (lookup.EXACT, 4)
+    assert chosen(made_up, m=1, n=128) == (lookup.NEAREST, 4)
+    assert chosen(made_up, m=2)[0] == lookup.DEFAULT
+    entry(made_up, 2, m=8)
+    assert chosen(made_up, m=7)[0] == lookup.DEFAULT
+
+
 def test_a_miss_can_be_an_error(
     made_up: tuple[Target, Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:

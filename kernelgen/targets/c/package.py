@@ -202,7 +202,7 @@ def _rules(
     for isa in ALL:
         here = plain | {k.entry for k in tuned.get(isa.name, ())}
         lines = [
-            _initializer(rule, kernels[point.kernel], (point.m, point.n, point.k))
+            _initializer(rule, kernels[point.kernel], (point.m, point.n, point.k), point.rows)
             for rule in plan.rules
             for point in rule.points
             if point.family == isa.name and point.kernel in here

@@ -20,8 +20,8 @@ const ratio = (a, b) => Math.max(a, b) / Math.max(Math.min(a, b), 1);
 
 /**
  * The name of the kernel that serves x (M, K) by weights (N, K): what was tuned for the nearest
- * shape, at most twice as high or low and four times as wide or deep, else the first default that
- * the features allow; null where there is none.
+ * shape, as high if M <= 8, else at most twice as high or low, at most four times as wide or deep,
+ * else the first default that the features allow; null where there is none.
  */
 export function choose(format, precision, M, N, K, features = new Set()) {
   const op = M <= 8 ? 'matvec' : 'matmul';
@@ -31,7 +31,7 @@ export function choose(format, precision, M, N, K, features = new Set()) {
   for (const point of rule?.points ?? []) {
     const rows = bucket(M) === bucket(point.m) ? 1 : ratio(bucket(M), point.m);
     const [n, k] = [ratio(N, point.n), ratio(K, point.k)];
-    if (rows > 2 || n > 4 || k > 4 || rows * n * k >= least || !can(point)) continue;
+    if (rows > (M <= 8 ? 1 : 2) || n > 4 || k > 4 || rows * n * k >= least || !can(point)) continue;
     [nearest, least] = [point.kernel, rows * n * k];
   }
   const usual = rule?.choices.find((one) => one.m[0] <= M && M <= one.m[1] && can(one));
