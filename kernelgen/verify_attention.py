@@ -170,10 +170,10 @@ def _error(run: Any, variant: Variant, kind: Attention, t: int, s: int, precisio
     wanted = [_wanted(variant, kind, t, s, one) for one in dict.fromkeys((precision, "fp32"))]
     y = np.full(wanted[0].shape, np.nan, np.float32)  # what is not written stays visible
     run(q, k, v, arrays, y)
-    return min(_relative(y, want) for want in wanted)
+    return min(row_error(y, want) for want in wanted)
 
 
-def _relative(y: Array, want: Array) -> float:
+def row_error(y: Array, want: Array) -> float:
     """Largest difference in units of the reference's root mean square, or of the row's own where
     that is larger: what a query makes of two or three keys, as they are, is several times as large
     as most means of hundreds, and rounded as any number is."""
