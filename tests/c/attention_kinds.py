@@ -27,9 +27,9 @@ from kernelgen.ir.ops.attention import (
     trace,
     window,
 )
+from kernelgen.problem import relative_error
 from kernelgen.targets.base import Runtime
 from kernelgen.tensor import QuantTensor, quantize
-from kernelgen.verify_attention import row_error
 
 Array = npt.NDArray[Any]
 
@@ -158,4 +158,4 @@ def error(runtime: Runtime, one: Attention, t: int, s: int, group: int = 1, **co
     q, k, v = tensors(one, t, s, group)
     arrays = arrays_of(one, q.shape[1], s)
     want = reference(one, q, k.dequantize(), v.dequantize(), arrays)
-    return row_error(run(runtime, one, q, k, v, arrays, **config), want)
+    return relative_error(run(runtime, one, q, k, v, arrays, **config), want)

@@ -22,7 +22,6 @@ from kernelgen.problem import relative_error, rounded, tolerance
 from kernelgen.targets.base import Runtime, Walk
 from kernelgen.targets.c.runtime import CRuntime, Isa, isa_named, threads
 from kernelgen.tensor import QuantTensor
-from kernelgen.verify_attention import row_error
 from tests.c.attention_kinds import BOUND, CASES, Array, arrays_of, kind, reference, tensors
 from tests.c.machines import find_clang, here
 from tests.c.programs import ProgramRuntime
@@ -83,7 +82,7 @@ def error(
     arrays = arrays_of(one, q.shape[1], s)
     seen = (rounded(x, precision) for x in (q, k.dequantize(), v.dequantize()))
     want = reference(one, *seen, arrays)
-    return row_error(run(runtime, one, precision, q, k, v, arrays, **config), want)
+    return relative_error(run(runtime, one, precision, q, k, v, arrays, **config), want)
 
 
 def errors(name: str, precision: str, case: tuple[str, str, str, int, int]) -> dict[str, float]:
