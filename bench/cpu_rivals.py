@@ -106,6 +106,8 @@ Ways = dict[str, dict[int, Product]]
 
 def in_rotation(copies: list[Ways]) -> Ways:
     """Of the same ways with copies of the weights: each run is that of the next copy."""
+    if len(copies) == 1:
+        return copies[0]
 
     def rotating(products: list[Product]) -> Product:
         turn = itertools.cycle(products)
@@ -118,8 +120,6 @@ def in_rotation(copies: list[Ways]) -> Ways:
 
         return Product(run, lambda: last.result())
 
-    if len(copies) == 1:
-        return copies[0]
     for copy in copies:
         for by_m in copy.values():
             by_m[min(by_m)].run()  # packs

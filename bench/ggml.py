@@ -33,7 +33,7 @@ _FOLDERS = ("", "build/bin", "bin", "lib", "build/ggml/src", "ggml/src", "build/
 #: types of ggml go by number; those in files lie below
 _FILE_TYPES = 64
 
-#: tensors, and graphs, that a context has room for; tensors that a graph may make
+#: tensors that a context has room for, and of these the ones that a graph may make
 _ROOM, _NODES = 256, 16
 
 _P, _S = c_void_p, c_size_t
@@ -94,7 +94,8 @@ class _Room:
     allows 64 of them, so each takes many, and is freed when the last that lies there has gone."""
 
     def __init__(self, library: Ggml) -> None:
-        size = _ROOM * (library.call("ggml_tensor_overhead") + library.call("ggml_graph_overhead"))
+        size = _ROOM * library.call("ggml_tensor_overhead")
+        size += _ROOM // _NODES * library.call("ggml_graph_overhead")
         made: int | None = library.call("ggml_init", _InitParams(size + 1024, None, True))
         if made is None:
             raise GgmlError(f"{library.name} has no memory for a context")

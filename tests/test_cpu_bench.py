@@ -26,6 +26,8 @@ from kernelgen.targets.c.compiler import find_compiler
 from kernelgen.verify import sample_weights
 
 K = 512
+
+needs_compiler = pytest.mark.skipif(isinstance(find_compiler(), str), reason="no C compiler")
 #: folders of builds, of llama.cpp and of ik_llama.cpp, for the slow tests
 BUILDS = {name: os.environ.get(name, "") for name in ("LLAMA_CPP_BUILD", "IK_LLAMA_CPP_BUILD")}
 
@@ -38,7 +40,7 @@ def problem(name: str = "q4_K", ms: tuple[int, ...] = (1, 5)) -> Problem:
     )
 
 
-@pytest.mark.skipif(isinstance(find_compiler(), str), reason="no C compiler")
+@needs_compiler
 def test_limits_do_what_is_timed() -> None:
     limits = Limits()
     nbytes = 64 * 24 * limits.threads()
@@ -124,9 +126,8 @@ def test_each_call_multiplies_the_next_copy_of_the_weights() -> None:
     assert called == [1, 2, 3, 1, 2]
 
 
+@needs_compiler
 def test_parts_of_memory_are_read_in_turn() -> None:
-    if isinstance(find_compiler(), str):
-        pytest.skip("no C compiler")
     limits, nbytes = Limits(), 64 * 24
     seen: list[int] = []
     limits._library = SimpleNamespace(read_all=lambda address, *rest: seen.append(address) or 0)
