@@ -151,8 +151,9 @@ class Problem(Asked, ABC):
             rows = name == self.rows_name
             if rows and row_bucket(mine) == row_bucket(other):
                 continue
+            few = rows and min(mine, other) <= MATVEC_ROWS
             off = abs(math.log2(mine / other))
-            if off > (1 if rows else _NEAR) or (rows and min(mine, other) <= MATVEC_ROWS):
+            if few or off > (1 if rows else _NEAR):
                 return None
             total += off
         return total
