@@ -19,12 +19,14 @@ class RowTileConfig(Config):
               machine sees for itself
     near      the same of the first cache
     share     tiles that a thread takes at a time when it is free; 0: all threads have as many
+    streams   tiles of a thread's part, as far apart as can be, that it reads in turns
     """
 
     columns: int = choice(4, 1, 2, 3, 4, 5, 6, 8, 10, 12)
     prefetch: int = choice(4096, 0, 2048, 3072, 4096, 8192)
     near: int = choice(2048, 0, 512, 1024, 2048)
     share: int = choice(0, 0, 1, 4)
+    streams: int = choice(2, 1, 2, 4)
     layout: str = choice("interleaved", "interleaved", "native")
 
     def legal(self, caps: Capabilities) -> str | None:
