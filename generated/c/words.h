@@ -40,20 +40,25 @@
 #endif
 
 // UNROLL is for the loops over words and elements, UNROLL_GROUPS for the loop around them: it makes
-// shifts of group integers constant.
+// shifts of group integers constant, where UNROLLED_GROUPS says so.
 #if LANES == 4 && !NEON
 #define UNROLL  // every plain word is a loop itself: unrolled they take ten seconds to compile
 #define UNROLL_GROUPS
+#define UNROLLED_GROUPS 0
 #elif defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #define UNROLL_GROUPS UNROLL
+#define UNROLLED_GROUPS 1
 #else
+#define UNROLLED_GROUPS 0
 #define UNROLL _Pragma("GCC unroll 16")
 #define UNROLL_GROUPS  // a tenth faster, and twenty times as long to compile
 #endif
 #define INLINE static inline __attribute__((always_inline, unused))
 
 #if defined(_OPENMP)
+#include <omp.h>
+#define THREADS omp_get_max_threads()
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
 #define PARALLEL _Pragma("omp parallel")
 #define FOR _Pragma("omp for schedule(static)")
@@ -61,6 +66,7 @@
 #define FOR_FREE(count) PRAGMA(omp for schedule(dynamic, count))
 #define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #else
+#define THREADS 1
 #define PARALLEL_FOR
 #define PARALLEL
 #define FOR
@@ -71,19 +77,27 @@
 INLINE void prefetch(const uint8_t *from, ptrdiff_t bytes) {
     for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
-// The first line of one of `parts` equal parts of `bytes`: each line belongs to one.
-INLINE ptrdiff_t line_of_part(ptrdiff_t bytes, int part, int parts) { return (bytes * part / parts + 63) / 64; }
-// The same for such a part.
-INLINE void prefetch_part(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
-    const ptrdiff_t begin = line_of_part(bytes, part, parts), end = line_of_part(bytes, part + 1, parts);
-    UNROLL
-    for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i);
-}
 // The same of the second cache, which has room for more that is under way.
-INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes, int part, int parts) {
-    const ptrdiff_t begin = line_of_part(bytes, part, parts), end = line_of_part(bytes, part + 1, parts);
+INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes) {
+    for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+// Lines of `bytes` bytes that fall to word j of so many in group g of so many: each line to one word,
+// which spreads them best.  Where g is not constant a group has lines of its own, one of them twice.
+struct lines { ptrdiff_t begin, end; };
+INLINE struct lines lines_of(ptrdiff_t bytes, int g, int groups, int j, int words) {
+    const ptrdiff_t of_group = (bytes + groups - 1) / groups, number = UNROLLED_GROUPS ? g * words + j : j;
+    const ptrdiff_t all = UNROLLED_GROUPS ? bytes : of_group, parts = UNROLLED_GROUPS ? groups * words : words;
+    const ptrdiff_t skipped = UNROLLED_GROUPS ? 0 : g * of_group;
+    return (struct lines){
+        skipped + (all * number / parts + 63) / 64 * 64, skipped + (all * (number + 1) / parts + 63) / 64 * 64};
+}
+INLINE void prefetch_lines(const uint8_t *from, struct lines lines) {
     UNROLL
-    for (ptrdiff_t i = begin; i < end; i++) __builtin_prefetch(from + 64 * i, 0, 2);
+    for (ptrdiff_t i = lines.begin; i < lines.end; i += 64) __builtin_prefetch(from + i);
+}
+INLINE void prefetch_lines_far(const uint8_t *from, struct lines lines) {
+    UNROLL
+    for (ptrdiff_t i = lines.begin; i < lines.end; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // ---- one element ----------------------------------------------------------------------------

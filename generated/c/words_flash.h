@@ -5,13 +5,6 @@
 
 #include "words.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#define THREADS omp_get_max_threads()
-#else
-#define THREADS 1
-#endif
-
 // How many floats lie in a row that holds n of them: whole vectors.
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 
