@@ -21,7 +21,7 @@ from kernelgen.targets.c.compiler import find_compiler, flags
 from kernelgen.targets.c.runtime import runtime
 
 #: streams of each thread, and cache lines that they are asked for ahead: the best one counts
-WAYS_TO_READ = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 24))
+WAYS_TO_READ = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 24, 64))
 
 #: seconds that a measurement of products takes, about
 _SECONDS = 0.05
