@@ -82,14 +82,14 @@ INLINE void prefetch_far(const uint8_t *from, ptrdiff_t bytes) {
     for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 // Lines of `bytes` bytes that fall to word j of so many in group g of so many: each line to one word,
-// which spreads them best.  Where g is not constant a group has lines of its own, one of them twice.
+// which spreads them best.  Where g is no constant a group has lines of its own, one of them perhaps
+// that of its neighbour, and what depends on j alone still is one.
 struct lines { ptrdiff_t begin, end; };
 INLINE struct lines lines_of(ptrdiff_t bytes, int g, int groups, int j, int words) {
-    const ptrdiff_t of_group = (bytes + groups - 1) / groups, number = UNROLLED_GROUPS ? g * words + j : j;
-    const ptrdiff_t all = UNROLLED_GROUPS ? bytes : of_group, parts = UNROLLED_GROUPS ? groups * words : words;
-    const ptrdiff_t skipped = UNROLLED_GROUPS ? 0 : g * of_group;
+    ptrdiff_t before = 0, part = g * words + j, parts = groups * words;
+    if (!UNROLLED_GROUPS) bytes = (bytes + groups - 1) / groups, before = g * bytes, part = j, parts = words;
     return (struct lines){
-        skipped + (all * number / parts + 63) / 64 * 64, skipped + (all * (number + 1) / parts + 63) / 64 * 64};
+        before + (bytes * part / parts + 63) / 64 * 64, before + (bytes * (part + 1) / parts + 63) / 64 * 64};
 }
 INLINE void prefetch_lines(const uint8_t *from, struct lines lines) {
     UNROLL
