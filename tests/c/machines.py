@@ -61,23 +61,15 @@ def arm(isa: str, cpu: str) -> ProgramRuntime:
     )
 
 
-def problems(
-    runtime: Runtime,
-    names: Iterable[str],
-    ops: Iterable[str] = OPS,
-    *,
-    all_configs: bool = False,
-) -> list[str]:
+def problems(runtime: Runtime, names: Iterable[str], ops: Iterable[str] = OPS) -> list[str]:
     """What verification has to say against kernels of these formats and ops."""
-    return list(_problems(runtime, names, ops, all_configs))
+    return list(_problems(runtime, names, ops))
 
 
-def _problems(
-    runtime: Runtime, names: Iterable[str], ops: Iterable[str], all_configs: bool
-) -> Iterator[str]:
+def _problems(runtime: Runtime, names: Iterable[str], ops: Iterable[str]) -> Iterator[str]:
     wanted = [formats.get(name) for name in names]
     done = 0
-    for one in verify(targets.get("c"), wanted, ops, runtime=runtime, all_configs=all_configs):
+    for one in verify(targets.get("c"), wanted, ops, runtime=runtime):
         done += 1
         if not one.ok:
             yield f"{one.op} {one.format} {one.precision} {one.config}: {one.problem}"

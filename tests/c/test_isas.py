@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from kernelgen import targets
-from kernelgen.generate import generate
+from kernelgen.config import RowTileConfig
+from kernelgen.generate import generate, generate_walk
 from kernelgen.ir import formats
+from kernelgen.problem import tolerance
 from kernelgen.targets.c.compiler import HEADERS, find_compiler
 from kernelgen.targets.c.runtime import ISAS, Isa, isa_named, native_isa, runtime
-from kernelgen.verify import OPS
+from kernelgen.verify import OPS, cases, check
 from tests.c.machines import ALL_FORMATS, ISA_NAMES, SOME_FORMATS, arm, here, problems, strict
 
 SIMDE = Path(__file__).with_name("avx512_simde.h")
@@ -73,14 +75,27 @@ def test_all(name: str, fmt: str, command: str, compiled_by: Callable[[str], Non
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["q4_K", "q8_0", "f16"])
 @pytest.mark.parametrize("name", [native_isa().name, "scalar"])
-def test_every_configuration(name: str, fmt: str) -> None:
-    """Of columns and layout: enough of both is legal everywhere."""
-    one = here(isa_named(name))
-    walk = targets.get("c").walk("matmul", formats.get(fmt))
-    legal = [c for c in walk.config.space() if c.legal(one.capabilities()) is None]
-    assert {c.as_dict()["layout"] for c in legal} == {"interleaved", "native"}
-    assert len(legal) >= 10
-    assert problems(one, [fmt], ["matvec", "matmul"], all_configs=True) == []
+def test_every_value(name: str, fmt: str) -> None:
+    """Each number of columns in each layout, and else each value of a configuration by itself."""
+    runtime, target = here(isa_named(name)), targets.get("c")
+    caps, seen = runtime.capabilities(), 0
+    for walk in target.walks:
+        if walk.config is not RowTileConfig or walk.accepts(formats.get(fmt)) is not None:
+            continue
+        default = walk.config.default(caps).as_dict()
+        for config in walk.config.space():
+            other = {n for n, value in config.as_dict().items() if value != default[n]}
+            if config.legal(caps) is not None or not (
+                other <= {"columns", "layout"} or len(other) == 1
+            ):
+                continue
+            seen += 1
+            kernel = generate_walk(walk, formats.get(fmt), target, config)
+            errors = [
+                check(kernel, runtime, m, n, k) for m, n, k in cases(walk.op, formats.get(fmt))
+            ]
+            assert max(errors) <= tolerance(walk.op, walk.precision), config
+    assert seen >= 40
 
 
 @pytest.mark.slow
