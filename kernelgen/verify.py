@@ -94,7 +94,7 @@ def verify(
         for one in target.walks:
             if one.op in wanted and one.op in OPS and one.accepts(fmt) is None:
                 for config in _configs(one, fmt, reach, all_configs):
-                    yield _one(target, reach, fmt, one, config)
+                    yield verify_one(target, reach, fmt, one, config)
 
 
 def _configs(one: Walk, fmt: BlockFormat, runtime: Runtime, every: bool) -> Iterator[Config]:
@@ -104,7 +104,10 @@ def _configs(one: Walk, fmt: BlockFormat, runtime: Runtime, every: bool) -> Iter
     yield from (c for c in tried if one.refuses(c, fmt, caps) is None)
 
 
-def _one(target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: Config) -> Result:
+def verify_one(
+    target: Target, runtime: Runtime, fmt: BlockFormat, one: Walk, config: Config
+) -> Result:
+    """Run the kernel of one walk for one format in one configuration, in all shapes (`cases`)."""
     errors: list[float] = []
     added = own = None
     problem = None

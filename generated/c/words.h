@@ -62,15 +62,15 @@
 #define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
 #define PARALLEL _Pragma("omp parallel")
 #define FOR _Pragma("omp for schedule(static)")
-// Whoever is free takes the next `count` turns.
-#define FOR_FREE(count) PRAGMA(omp for schedule(dynamic, count))
+// Whoever is free takes the next turn.
+#define FOR_FREE _Pragma("omp for schedule(dynamic, 1)")
 #define PRAGMA(...) _Pragma(#__VA_ARGS__)
 #else
 #define THREADS 1
 #define PARALLEL_FOR
 #define PARALLEL
 #define FOR
-#define FOR_FREE(count)
+#define FOR_FREE
 #endif
 
 // Asks for bytes that are read soon; there need not be any.
@@ -90,14 +90,6 @@ INLINE struct lines lines_of(ptrdiff_t bytes, int g, int groups, int j, int word
     if (!UNROLLED_GROUPS) bytes = (bytes + groups - 1) / groups, before = g * bytes, part = j, parts = words;
     return (struct lines){
         before + (bytes * part / parts + 63) / 64 * 64, before + (bytes * (part + 1) / parts + 63) / 64 * 64};
-}
-INLINE void prefetch_lines(const uint8_t *from, struct lines lines) {
-    UNROLL
-    for (ptrdiff_t i = lines.begin; i < lines.end; i += 64) __builtin_prefetch(from + i);
-}
-INLINE void prefetch_lines_far(const uint8_t *from, struct lines lines) {
-    UNROLL
-    for (ptrdiff_t i = lines.begin; i < lines.end; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // ---- one element ----------------------------------------------------------------------------

@@ -31,8 +31,7 @@ def test_all_tiles(
 ) -> None:
     """Also of the last run of blocks, which is shorter; results that are not written stay NaN."""
     target, runtime = targets.get("c"), here(isa_named(isa))
-    wanted = ("matmul", precision, "")
-    walk = next(w for w in target.walks if (w.op, w.precision, w.style) == wanted)
+    walk = target.walk("matmul", formats.get(fmt), precision)
     config = walk.config.from_dict(
         {"columns": 2, "streams": streams, "share": share, "layout": layout}
     )
